@@ -1,0 +1,38 @@
+"""Python side of ``torch.ops.vdit``: documented wrappers, fake kernels and naive definitions."""
+
+from ._library import NAMESPACE, library_dir, load_libraries
+
+LIBRARIES = load_libraries()
+
+from .attention import (  # noqa: E402
+    block_sparse_attention,
+    kmeans_assign,
+    label_sort,
+    lists_from_mask,
+    mask_from_lists,
+    mean_pool_blocks,
+    merge_attention,
+    permute_rows,
+    segment_mean,
+    topk_blocks,
+    topp_blocks,
+    unpermute_rows,
+)
+
+__all__ = [
+    "LIBRARIES",
+    "NAMESPACE",
+    "block_sparse_attention",
+    "kmeans_assign",
+    "label_sort",
+    "library_dir",
+    "lists_from_mask",
+    "mask_from_lists",
+    "mean_pool_blocks",
+    "merge_attention",
+    "permute_rows",
+    "segment_mean",
+    "topk_blocks",
+    "topp_blocks",
+    "unpermute_rows",
+]
