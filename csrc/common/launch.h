@@ -1,0 +1,115 @@
+// Starts a kernel functor (device.h shows one): on the GPU under nvcc, on fibers under VDIT_EMU.
+#pragma once
+
+#include <cxxabi.h>
+
+#include <cstddef>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <typeinfo>
+
+#if defined(VDIT_EMU)
+#include "../emu/block.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace vdit {
+
+struct Grid {
+  unsigned x, y, z;
+};
+
+template <class Kernel>
+std::string kernel_name() {
+  int status = 0;
+  char* readable = abi::__cxa_demangle(typeid(Kernel).name(), nullptr, nullptr, &status);
+  std::string name = status == 0 ? readable : typeid(Kernel).name();
+  std::free(readable);
+  return name;
+}
+
+namespace detail {
+// What holds on every backend. Returns false where there is nothing to run.
+template <class Kernel>
+bool check_launch(Grid grid) {
+  using Params = typename Kernel::Params;
+  static_assert(Kernel::kThreads > 0 && Kernel::kThreads <= 1024 && Kernel::kThreads % 32 == 0,
+                "kThreads must be a multiple of 32 up to 1024: the warp functions need full warps.");
+  static_assert(std::is_trivially_copyable<Params>::value && sizeof(Params) <= 4096,
+                "Params must be plain data of at most 4096 bytes, as kernel arguments are.");
+  if (grid.x > 2147483647u || grid.y > 65535u || grid.z > 65535u) {
+    throw std::runtime_error(kernel_name<Kernel>() + ": the grid may be at most 2147483647 x 65535 x 65535, got " +
+                             std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
+                             std::to_string(grid.z) + ".");
+  }
+  return grid.x > 0 && grid.y > 0 && grid.z > 0;
+}
+}  // namespace detail
+
+#if defined(VDIT_EMU)
+
+template <class Kernel>
+void launch(Grid grid, size_t smem_bytes, void* /*stream*/, typename Kernel::Params const& p) {
+  if (!detail::check_launch<Kernel>(grid)) return;
+  emu::run_grid({kernel_name<Kernel>(), {grid.x, grid.y, grid.z}, Kernel::kThreads, smem_bytes, &p,
+                 [](void const* params, char* smem) {
+                   Kernel{}(*static_cast<typename Kernel::Params const*>(params), smem);
+                 }});
+}
+
+#else
+
+namespace detail {
+
+inline void check_cuda(cudaError_t error, std::string const& what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(what + ": " + cudaGetErrorString(error) + ".");
+  }
+}
+
+// 1024 bytes is what the widest shared-memory swizzle (TMA and wgmma, 128 bytes) asks of the base.
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
+    kernel_entry(__grid_constant__ typename Kernel::Params const p) {
+  extern __shared__ __align__(1024) char vdit_dynamic_smem[];
+  Kernel{}(p, vdit_dynamic_smem);
+}
+
+// Past 48 KB, shared memory is had only by asking for it.
+template <class Kernel>
+void allow_shared(size_t smem_bytes) {
+  constexpr size_t kFreeBytes = 48 * 1024;
+  if (smem_bytes <= kFreeBytes) return;
+  std::string const name = kernel_name<Kernel>();
+  int device = 0;
+  int allowed = 0;
+  check_cuda(cudaGetDevice(&device), name + ": no CUDA device could be read");
+  check_cuda(cudaDeviceGetAttribute(&allowed, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             name + ": the shared memory limit could not be read");
+  if (smem_bytes > static_cast<size_t>(allowed)) {
+    throw std::runtime_error(name + ": a block needs " + std::to_string(smem_bytes) +
+                             " bytes of shared memory, but this device allows " + std::to_string(allowed) + ".");
+  }
+  check_cuda(cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(smem_bytes)),
+             name + ": " + std::to_string(smem_bytes) + " bytes of shared memory were refused (" +
+                 std::to_string(allowed) + " are allowed)");
+}
+
+}  // namespace detail
+
+template <class Kernel>
+void launch(Grid grid, size_t smem_bytes, void* stream, typename Kernel::Params const& p) {
+  if (!detail::check_launch<Kernel>(grid)) return;
+  detail::allow_shared<Kernel>(smem_bytes);
+  detail::kernel_entry<Kernel>
+      <<<dim3(grid.x, grid.y, grid.z), Kernel::kThreads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(p);
+  detail::check_cuda(cudaGetLastError(), kernel_name<Kernel>() + ": the launch failed");
+}
+
+#endif
+
+}  // namespace vdit
