@@ -36,12 +36,14 @@
 #error "device.h is for kernels: compile it with nvcc, or with VDIT_EMU defined for the emulator."
 #endif
 
+// NOTE: tensor.hpp first: in CUTLASS 4.2 the atom headers do not compile before it.
+#include <cute/tensor.hpp>
+
 #include <cute/atom/copy_atom.hpp>
 #include <cute/atom/copy_traits_sm75.hpp>
 #include <cute/atom/copy_traits_sm80.hpp>
 #include <cute/atom/mma_atom.hpp>
 #include <cute/atom/mma_traits_sm80.hpp>
-#include <cute/tensor.hpp>
 
 namespace vdit {
 
