@@ -1,0 +1,70 @@
+// The attention family on CUDA: device guard, the current stream, workspaces.
+//
+// With VDIT_EMU the same file registers the emulated kernels for CPU tensors in a namespace of their own, so
+// that one test suite runs over both.
+#include "op_impl.h"
+
+#ifdef VDIT_EMU
+#include "schema.h"
+#else
+#define USE_CUDA  // shim.h declares the stream getter only then
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#endif
+
+namespace vdit {
+
+struct CudaBackend {
+#ifdef VDIT_EMU
+  static constexpr bool kOnHost = true;
+  struct Scope {
+    explicit Scope(Tensor const&) {}
+    void* stream = nullptr;
+  };
+#else
+  static constexpr bool kOnHost = false;
+  struct Scope {
+    explicit Scope(Tensor const& t) : guard(t.get_device_index()) {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    }
+    torch::stable::accelerator::DeviceGuard guard;
+    void* stream = nullptr;
+  };
+#endif
+  static constexpr bool kCuda = true;
+
+  // Freed after the launch; the caching allocator keeps the memory alive for work queued on this stream.
+  static Tensor workspace(Tensor const& like, int64_t bytes) {
+    std::vector<int64_t> const shape{bytes};
+    return torch::stable::new_empty(like, shape, ScalarType::Byte);
+  }
+
+  static void run(Scope& s, BlockSparseAttentionParams const& p, Tensor const&) {
+    run_block_sparse_attention_sm80(p, s.stream);
+  }
+  static void run(Scope& s, MergeAttentionParams const& p, Tensor const&) { run_merge_attention_sm80(p, s.stream); }
+  static void run(Scope& s, PermuteRowsParams const& p, Tensor const&) { run_permute_rows_sm80(p, s.stream); }
+  static void run(Scope& s, MeanPoolBlocksParams const& p, Tensor const&) { run_mean_pool_blocks_sm80(p, s.stream); }
+  static void run(Scope& s, KMeansAssignParams const& p, Tensor const&) { run_kmeans_assign_sm80(p, s.stream); }
+  static void run(Scope& s, LabelSortParams const& p, Tensor const& like) {
+    Tensor space = workspace(like, label_sort_workspace_bytes(p));
+    run_label_sort_sm80(p, space.mutable_data_ptr(), s.stream);
+  }
+  static void run(Scope& s, SegmentMeanParams const& p, Tensor const&) { run_segment_mean_sm80(p, s.stream); }
+  static void run(Scope& s, TopkBlocksParams const& p, Tensor const& like) {
+    Tensor space = workspace(like, topk_blocks_workspace_bytes(p));
+    run_topk_blocks_sm80(p, space.mutable_data_ptr(), s.stream);
+  }
+  static void run(Scope& s, ToppBlocksParams const& p, Tensor const& like) {
+    Tensor space = workspace(like, topp_blocks_workspace_bytes(p));
+    run_topp_blocks_sm80(p, space.mutable_data_ptr(), s.stream);
+  }
+};
+
+}  // namespace vdit
+
+#ifdef VDIT_EMU
+VDIT_LIBRARY(VDIT_OP_NAMESPACE, m) { vdit::define_attention_schemas(m); }
+VDIT_LIBRARY_IMPL(VDIT_OP_NAMESPACE, CPU, m) { vdit::AttentionOps<vdit::CudaBackend>::bind(m); }
+#else
+VDIT_LIBRARY_IMPL(VDIT_OP_NAMESPACE, CUDA, m) { vdit::AttentionOps<vdit::CudaBackend>::bind(m); }
+#endif
