@@ -74,12 +74,12 @@ thread_local Fiber* left_behind = nullptr;
 }  // namespace
 
 Fiber::~Fiber() {
-  if (mapping_ == nullptr) return;
-  if (tsan_fiber_ != nullptr) __tsan_destroy_fiber(tsan_fiber_);
-  munmap(mapping_, kStackBytes + static_cast<size_t>(sysconf(_SC_PAGESIZE)));
 #if defined(VDIT_EMU_UCONTEXT)
   delete static_cast<ucontext_t*>(saved_);
 #endif
+  if (mapping_ == nullptr) return;
+  if (tsan_fiber_ != nullptr) __tsan_destroy_fiber(tsan_fiber_);
+  munmap(mapping_, kStackBytes + static_cast<size_t>(sysconf(_SC_PAGESIZE)));
 }
 
 void Fiber::start(void (*entry)(), int colour) {
@@ -98,6 +98,7 @@ void Fiber::start(void (*entry)(), int colour) {
   }
   // A kernel that threw left its frames' red zones behind.
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(low_, size_);
+  fake_stack_ = nullptr;
   size_t const usable = size_ - static_cast<size_t>(colour % 8) * 576;
 #if defined(VDIT_EMU_UCONTEXT)
   if (saved_ == nullptr) saved_ = new ucontext_t;

@@ -1,0 +1,99 @@
+// What mma.sync computes, over the operands of a warp's 32 lanes. Products are exact in fp32 and are added in
+// fp32 to the accumulator in order of k; the hardware adds them in another order and truncates.
+#include <cstdint>
+#include <cstring>
+
+#include "collectives.h"
+
+namespace vdit::emu {
+namespace {
+
+float from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+float bf16_to_float(uint32_t half) { return from_bits(half << 16); }
+
+// Shifts exponent and mantissa into fp32's places and corrects the bias by an exact multiplication, which
+// also makes subnormals come out right; infinity and NaN need their exponent put back.
+float f16_to_float(uint32_t half) {
+  uint32_t const magnitude = (half & 0x7fffu) << 13;
+  uint32_t bits;
+  float const scaled = from_bits(magnitude) * 0x1p112f;
+  memcpy(&bits, &scaled, sizeof(bits));
+  if (magnitude >= 0x0f800000u) bits = magnitude | 0x7f800000u;
+  return from_bits(bits | (half & 0x8000u) << 16);
+}
+
+// How the PTX manual spreads the matrices over lanes: lane 4 * g + t holds rows g and g + 8 of a and d, and
+// column g of b; t picks the position along k (four bytes) and the pair of columns of d.
+// The loops over n are the vectorised ones.
+
+template <float (*kConvert)(uint32_t)>
+void multiply_m16n8k16(void* const* operands) {
+  float a[16][16], b[16][8], d[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    auto const* const mine = static_cast<MmaOperand*>(operands[lane]);
+    auto const* const c = static_cast<float const*>(mine->d);
+    int const g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      int const row = g + i % 2 * 8, k = t * 2 + i / 2 * 8;
+      a[row][k] = kConvert(mine->a[i] & 0xffffu);
+      a[row][k + 1] = kConvert(mine->a[i] >> 16);
+      d[g + i / 2 * 8][t * 2 + i % 2] = c[i];
+    }
+    for (int i = 0; i < 2; ++i) {
+      int const k = t * 2 + i * 8;
+      b[k][g] = kConvert(mine->b[i] & 0xffffu);
+      b[k + 1][g] = kConvert(mine->b[i] >> 16);
+    }
+  }
+  for (int m = 0; m < 16; ++m) {
+    for (int k = 0; k < 16; ++k) {
+      for (int n = 0; n < 8; ++n) d[m][n] += a[m][k] * b[k][n];
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    auto* const c = static_cast<float*>(static_cast<MmaOperand*>(operands[lane])->d);
+    for (int i = 0; i < 4; ++i) c[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+  }
+}
+
+}  // namespace
+
+void multiply_m16n8k16_f16(void* const* operands, int) { multiply_m16n8k16<f16_to_float>(operands); }
+void multiply_m16n8k16_bf16(void* const* operands, int) { multiply_m16n8k16<bf16_to_float>(operands); }
+
+void multiply_m16n8k32_s8(void* const* operands, int) {
+  int32_t a[16][32], b[32][8];
+  uint32_t d[16][8];  // unsigned, because sums wrap
+  for (int lane = 0; lane < 32; ++lane) {
+    auto const* const mine = static_cast<MmaOperand*>(operands[lane]);
+    auto const* const c = static_cast<int32_t const*>(mine->d);
+    int const g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      for (int byte = 0; byte < 4; ++byte) {
+        a[g + i % 2 * 8][t * 4 + byte + i / 2 * 16] = static_cast<int8_t>(mine->a[i] >> (8 * byte));
+      }
+      d[g + i / 2 * 8][t * 2 + i % 2] = static_cast<uint32_t>(c[i]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      for (int byte = 0; byte < 4; ++byte) {
+        b[t * 4 + byte + i * 16][g] = static_cast<int8_t>(mine->b[i] >> (8 * byte));
+      }
+    }
+  }
+  for (int m = 0; m < 16; ++m) {
+    for (int k = 0; k < 32; ++k) {
+      for (int n = 0; n < 8; ++n) d[m][n] += static_cast<uint32_t>(a[m][k] * b[k][n]);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    auto* const c = static_cast<int32_t*>(static_cast<MmaOperand*>(operands[lane])->d);
+    for (int i = 0; i < 4; ++i) c[i] = static_cast<int32_t>(d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
+  }
+}
+
+}  // namespace vdit::emu
