@@ -479,6 +479,14 @@ VDIT_DEVICE float fast_rsqrt(float x) {
 #endif
 }
 
+VDIT_DEVICE int popcount(uint32_t v) {
+#if defined(VDIT_EMU)
+  return __builtin_popcount(v);
+#else
+  return __popc(v);
+#endif
+}
+
 // Two floats as T (half_t or bfloat16_t, rounded to nearest even), `lo` in the low half.
 template <class T>
 VDIT_DEVICE uint32_t pack2(float lo, float hi) {
