@@ -7,7 +7,6 @@
 #ifdef VDIT_EMU
 #include "schema.h"
 #else
-#define USE_CUDA  // shim.h declares the stream getter only then
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #endif
 

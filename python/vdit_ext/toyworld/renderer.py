@@ -10,7 +10,7 @@ from . import captions
 from .scene import BACKGROUND_COLOURS, NUM_FRAMES, SIZE, THING_COLOURS, Clip, SceneSpec
 
 CELL = 12  # pixels; stripes and checks are one cell wide, dots stand one cell apart
-RADIUS = (13.0, 16.0)  # pixels, smallest and largest thing
+RADIUS = (14.0, 18.0)  # pixels, smallest and largest thing
 TRAVEL = (44.0, 54.0)  # pixels from the first to the last frame, for things that slide, rise or fall
 BOUNCE_HEIGHT = (38.0, 52.0)  # pixels
 BOUNCE_FRAMES = 8  # frames from one touch of the floor to the next

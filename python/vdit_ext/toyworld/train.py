@@ -1,0 +1,266 @@
+"""Trains the toy transformer: python -m vdit_ext.toyworld.train --out DIR --minutes 90 --resume
+
+Clips are rendered as they are needed, each from (seed, step), so that a resumed run sees what an
+uninterrupted one would have seen. Most of the budget goes to clips cut down to two of their eight
+latent frames, each at its true place in time; the last part sees whole clips.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from . import captions, codec, model, renderer, scene, text
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that decides a run; saved with the weights.
+
+    Give either minutes (active time, so that a stopped process loses nothing) or steps.
+    stages: (share of the budget at which it ends, latent frames per clip, clips per step).
+    """
+
+    seed: int = 0
+    minutes: float = 90.0
+    steps: int = 0
+    stages: tuple[tuple[float, int, int], ...] = ((0.55, 2, 16), (0.7, 4, 8), (1.0, 8, 4))
+    matrix_lr: float = 2e-3
+    other_lr: float = 1e-3
+    warmup_steps: int = 60
+    flat_share: float = 0.5  # of the budget at full learning rate, a cosine to zero after it
+    ema: float = 0.998
+    null_prompts: float = 0.1
+    noise_shift: float = 4.0
+    smallest_noise: float = 0.2  # caps the weight 1/noise**2 of a clip's loss
+    config: dict = dataclasses.field(default_factory=lambda: dict(model.CONFIG))
+
+
+class Run:
+    """Model, averaged copy, optimizers and progress of one training; `save` and `load` keep all of it."""
+
+    def __init__(self, settings: Settings, device: str = "cpu"):
+        torch.manual_seed(settings.seed)
+        self.settings, self.device = settings, torch.device(device)
+        self.model = model.build(settings.config).to(self.device)
+        self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        matrices, others = _split_parameters(self.model)
+        self.optimizers = [
+            torch.optim.Muon(matrices, lr=settings.matrix_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=settings.other_lr, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+        self.step, self.active_seconds, self.curve = 0, 0.0, []
+
+    @property
+    def progress(self) -> float:
+        """0..1: how much of the budget is used."""
+        if self.settings.steps:
+            return min(1.0, self.step / self.settings.steps)
+        return min(1.0, self.active_seconds / (60 * self.settings.minutes))
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint; a kill while writing leaves the previous one whole."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "step": self.step,
+            "active_seconds": self.active_seconds,
+            "curve": self.curve,
+            "settings": dataclasses.asdict(self.settings),
+        }
+        torch.save(state, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+
+    def load(self, path: Path) -> None:
+        """Take up a checkpoint. Raises ValueError when it was made with other settings."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        mine = json.loads(json.dumps(dataclasses.asdict(self.settings)))
+        theirs = json.loads(json.dumps(state["settings"]))
+        changed = [name for name in mine if mine[name] != theirs.get(name)]
+        if changed:
+            raise ValueError(f"expected a checkpoint made with these settings, but {', '.join(changed)} differ in {path.name}; use another --out")
+        self.model.load_state_dict(state["model"])
+        self.average = state["average"]
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.active_seconds, self.curve = state["step"], state["active_seconds"], state["curve"]
+
+    def averaged_state(self) -> dict[str, torch.Tensor]:
+        """The averaged weights, which sample better than the last ones."""
+        return {name: value.detach().cpu() for name, value in self.average.items()}
+
+
+def _split_parameters(net) -> tuple[list, list]:
+    """Matrices inside the network learn by orthogonalised steps; the ends, tables and biases by AdamW."""
+    matrices, others = [], []
+    for name, parameter in net.named_parameters():
+        inner = name.startswith("blocks.") and parameter.ndim == 2
+        (matrices if inner else others).append(parameter)
+    return matrices, others
+
+
+def make_batch(settings: Settings, step: int, frames: int, clips: int):
+    """The batch of a step, decided by (seed, step) alone.
+
+    Returns latents float32 [clips, 54, frames, 32, 32], int64 frame places [clips, frames],
+    prompt codes [clips, 12, text_dim], noise like the latents, and noise levels [clips] in 0..1.
+    """
+    rng = np.random.default_rng([settings.seed, step])
+    total = scene.NUM_FRAMES // codec.FRAMES
+    pictures, places, prompts = [], [], []
+    for _ in range(clips):
+        chosen = np.sort(rng.choice(total, frames, replace=False))
+        drawn = (chosen[:, None] * codec.FRAMES + np.arange(codec.FRAMES)).ravel()
+        clip = renderer.render(scene.random_spec(rng), int(rng.integers(2**62)), frames=drawn)
+        pictures.append(clip.frames)
+        places.append(chosen)
+        prompts.append("" if rng.random() < settings.null_prompts else captions.caption(clip.spec))
+    latents = codec.encode(torch.from_numpy(np.stack(pictures)))
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    noise = torch.randn(latents.shape, generator=generator)
+    levels = _noise_levels(clips, settings.noise_shift, generator)
+    return latents, torch.from_numpy(np.stack(places)), text.encode(prompts), noise, levels
+
+
+def _noise_levels(clips: int, shift: float, generator: torch.Generator) -> torch.Tensor:
+    """Mostly bell-shaped; evenly spread for a fifth, so that both ends of sampling are trained too."""
+    bell = torch.sigmoid(1.2 * torch.randn(clips, generator=generator))
+    even = torch.rand(clips, generator=generator)
+    level = torch.where(torch.rand(clips, generator=generator) < 0.2, even, bell)
+    return (shift * level / (1 + (shift - 1) * level)).clamp(0.002, 1.0)
+
+
+def loss_of(net, batch, settings: Settings, run_block=None) -> torch.Tensor:
+    """Velocity loss of the predicted clean latents; a scalar, with float32 gradients."""
+    latents, places, prompt, noise, level = batch
+    wide = level.view(-1, 1, 1, 1, 1)
+    noisy = (1 - wide) * latents + wide * noise
+    # bfloat16 products halve a step on CPUs that have them; parameters and tokens stay float32.
+    with _autocast(latents.device):
+        clean = model.forward_frames(net, noisy, places, level * 1000, prompt, run_block)
+    error = (clean.float() - latents).pow(2).mean((1, 2, 3, 4))
+    return (error / level.clamp_min(settings.smallest_noise).pow(2)).mean()
+
+
+def _autocast(device):
+    if device.type == "cpu" and not torch.backends.mkldnn.is_available():
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def train_step(run: Run, run_block=None) -> float:
+    """One update; returns the loss. Advances `run.step`, not the clock."""
+    settings = run.settings
+    frames, clips = next((f, c) for end, f, c in settings.stages if run.progress < end or end == 1.0)
+    batch = [part.to(run.device) for part in make_batch(settings, run.step, frames, clips)]
+    loss = loss_of(run.model, batch, settings, run_block)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    factor = _rate(run)
+    for optimizer, top in zip(run.optimizers, (settings.matrix_lr, settings.other_lr), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = top * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    _follow(run)
+    run.step += 1
+    return float(loss.detach())
+
+
+def _rate(run: Run) -> float:
+    warm = min(1.0, (run.step + 1) / run.settings.warmup_steps)
+    flat = run.settings.flat_share
+    late = max(0.0, (run.progress - flat) / (1 - flat))
+    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * late)))
+
+
+@torch.no_grad()
+def _follow(run: Run) -> None:
+    keep = min(run.settings.ema, (run.step + 1) / (run.step + 10))
+    names, values = zip(*run.model.named_parameters(), strict=True)
+    torch._foreach_lerp_([run.average[n] for n in names], list(values), 1 - keep)
+
+
+def train(run: Run, out: Path, *, compiled: bool = True, save_every: float = 120.0) -> None:
+    """Train to the end of the budget, writing checkpoint.pt and loss.csv into `out`.
+
+    SIGTERM saves and returns. A step's time counts for at most three usual steps, so that a
+    process stopped for a while does not lose its budget.
+    """
+    run_block = torch.compile(model.block_forward, dynamic=False) if compiled else None
+    stop = []
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    usual, saved, losses = [], time.monotonic(), []
+    with _bar() as bar:
+        task = bar.add_task("training", total=1.0, loss="")
+        while run.progress < 1.0 and not stop:
+            began = time.monotonic()
+            losses.append(train_step(run, run_block))
+            took = time.monotonic() - began
+            usual = (usual + [took])[-50:]
+            run.active_seconds += min(took, 3 * statistics.median(usual))
+            if run.step % 25 == 0:
+                run.curve.append([run.step, round(run.active_seconds, 1), round(statistics.mean(losses), 5)])
+                losses = []
+                bar.update(task, completed=run.progress, loss=f"step {run.step} loss {run.curve[-1][2]:.4f}")
+            if time.monotonic() - saved > save_every:
+                run.save(out / "checkpoint.pt")
+                write_curve(run, out / "loss.csv")
+                saved = time.monotonic()
+    run.save(out / "checkpoint.pt")
+    write_curve(run, out / "loss.csv")
+    signal.signal(signal.SIGTERM, before)
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
+    return Progress(*columns)
+
+
+def write_curve(run: Run, path: Path) -> None:
+    """Write step, active seconds and mean loss since the previous line."""
+    lines = ["step,seconds,loss"] + [f"{step},{seconds},{loss}" for step, seconds, loss in run.curve]
+    path.write_text("\n".join(lines) + "\n")
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    out: Path = typer.Option(..., help="Folder for checkpoint.pt and loss.csv."),
+    minutes: float = typer.Option(90.0, help="Active time to train."),
+    steps: int = typer.Option(0, help="Train this many steps instead of some minutes."),
+    seed: int = 0,
+    resume: bool = typer.Option(False, help="Go on from OUT/checkpoint.pt when it exists."),
+    device: str = typer.Option("auto", help="cpu, cuda, or auto: cuda when there is one."),
+    export: Path | None = typer.Option(None, help="Also write the weights into this folder."),
+    compiled: bool = typer.Option(True, help="Compile the transformer blocks."),
+):
+    """Train the toy text-to-video model."""
+    out.mkdir(parents=True, exist_ok=True)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    run = Run(Settings(seed=seed, minutes=minutes, steps=steps), device)
+    if resume and (out / "checkpoint.pt").exists():
+        run.load(out / "checkpoint.pt")
+    train(run, out, compiled=compiled)
+    if export is not None:
+        from .pipeline import export_run
+
+        export_run(run, export)
+
+
+if __name__ == "__main__":
+    app()
