@@ -28,6 +28,9 @@ CONFIG = dict(
     cross_attn_norm=True,
     rope_max_seq_len=64,
 )
+# Up to this many keys, attention trains faster on a CPU as two bfloat16 products and a softmax:
+# 0.75 s a step instead of 0.93 s at 512 tokens. The fused kernel wins once scores leave the cache.
+_WRITTEN_OUT = 512
 _GRID = 16  # tokens along one side of the picture; waves repeat after twice this
 
 
@@ -129,10 +132,12 @@ def _attend(attn, tokens, context, rope) -> torch.Tensor:
     if rope is not None:
         query, key = _rotate(query, *rope), _rotate(key, *rope)
     query, key, value = (part.to(value.dtype).transpose(1, 2) for part in (query, key, value))
-    # Written out: with gradients and bfloat16 products this is much faster on a CPU than
-    # scaled_dot_product_attention, whose CPU kernel gains less from bfloat16.
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)
-    return attn.to_out[0]((scores.softmax(-1, dtype=value.dtype) @ value).transpose(1, 2).flatten(2))
+    if key.shape[2] <= _WRITTEN_OUT and tokens.device.type == "cpu":
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)
+        mixed = scores.softmax(-1, dtype=value.dtype) @ value
+    else:
+        mixed = F.scaled_dot_product_attention(query, key, value)
+    return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
 def _pairs_apart(heads: int, dim: int, device) -> torch.Tensor:

@@ -34,7 +34,7 @@ class Settings:
     seed: int = 0
     minutes: float = 90.0
     steps: int = 0
-    stages: tuple[tuple[float, int, int], ...] = ((0.55, 2, 16), (0.7, 4, 8), (1.0, 8, 4))
+    stages: tuple[tuple[float, int, int], ...] = ((0.4, 2, 16), (0.65, 4, 8), (1.0, 8, 4))
     matrix_lr: float = 2e-3
     other_lr: float = 1e-3
     warmup_steps: int = 60
