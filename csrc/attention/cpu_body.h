@@ -43,12 +43,13 @@ inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- register block ----
 
-template <bool kDot>
+// The bf16 functions of Simd exist in one unit only; S makes their names depend on a template argument.
+template <bool kDot, class S = Simd>
 inline Vec multiply_add(Vec a, Vec b, Vec acc) {
   if constexpr (kDot) {
-    return Simd::dot(acc, a, b);
+    return S::dot(acc, a, b);
   } else {
-    return Simd::fma(a, b, acc);
+    return S::fma(a, b, acc);
   }
 }
 
@@ -93,10 +94,10 @@ inline void copy_row(T const* x, float* words, int head_dim) {
 }
 
 // words[d] = (even[d], odd[d])
-template <class T>
+template <class T, class S = Simd>
 inline void copy_row_pair(T const* even, T const* odd, float* words, int head_dim) {
   int d = 0;
-  for (; d + kLanes <= head_dim; d += kLanes) Simd::store(words + d, Simd::load_pairs(even + d, odd + d));
+  for (; d + kLanes <= head_dim; d += kLanes) Simd::store(words + d, S::load_pairs(even + d, odd + d));
   for (; d < head_dim; ++d) words[d] = float_from_bits(even[d].bits | static_cast<uint32_t>(odd[d].bits) << 16);
 }
 
@@ -239,7 +240,7 @@ inline void score_tile(float const* q, float const* k, int words, int count, flo
 }
 
 // s = exp2(s * scale - max), sum += its rows. With kDot the result is in bf16 pairs of keys.
-template <bool kDot, int kVecs>
+template <bool kDot, int kVecs, class S = Simd>
 inline void exp_tile(float* s, int count, Vec scale, Vec const (&neg_max)[kVecs], Vec (&sum)[kVecs]) {
   constexpr int kWidth = kVecs * kLanes;
   auto const weight = [&](int n, int v) {
@@ -258,7 +259,7 @@ inline void exp_tile(float* s, int count, Vec scale, Vec const (&neg_max)[kVecs]
       VDIT_UNROLL
       for (int v = 0; v < kVecs; ++v) {
         Vec const even = weight(n, v), odd = n + 1 < count ? weight(n + 1, v) : Simd::set1(0.f);
-        Simd::store(s + n / 2 * kWidth + v * kLanes, Simd::pack_bf16(even, odd));
+        Simd::store(s + n / 2 * kWidth + v * kLanes, S::pack_bf16(even, odd));
       }
     }
   }

@@ -177,13 +177,14 @@ Thread* Block::next_thread() {
   if (choice_.order == Order::kRandom && (ready_[static_cast<size_t>(start)] == 0 || random() % 8 == 0)) {
     start = static_cast<int>(random() % static_cast<unsigned>(warps_));
   }
-  for (int i = 0; i < warps_; ++i) {
-    int const warp = (reverse ? start - i + warps_ : start + i) % warps_;
-    if (ready_[static_cast<size_t>(warp)] != 0) {
-      return threads_[static_cast<size_t>(warp * 32 + next_lane(warp))].get();
-    }
+  int warp = start;
+  while (ready_[static_cast<size_t>(warp)] == 0) {
+    warp += reverse ? -1 : 1;
+    if (warp == warps_) warp = 0;
+    if (warp < 0) warp = warps_ - 1;
+    if (warp == start) return nullptr;
   }
-  return nullptr;
+  return threads_[static_cast<size_t>(warp * 32 + next_lane(warp))].get();
 }
 
 void Block::switch_to(Thread& next) {
@@ -237,21 +238,21 @@ void Block::complete(Rendezvous& r, Compute compute) {
 }
 
 void Block::check_same(Rendezvous const& r, char const* name, Site at) const {
-  bool same = strcmp(r.name, name) == 0;
-  if (r.one_place) same = same && r.where.line == at.line && strcmp(r.where.file, at.file) == 0;
-  if (same) return;
+  auto const equal = [](char const* a, char const* b) { return a == b || strcmp(a, b) == 0; };
+  bool const same_place = r.where.line == at.line && equal(r.where.file, at.file);
+  if (equal(r.name, name) && (same_place || !r.one_place)) return;
   int const begin = r.one_place ? current_->warp() * 32 : 0;
   int const end = r.one_place ? begin + 32 : launch_->threads;
   throw std::runtime_error(title() + "thread " + std::to_string(current_->index) + " came to " + place(name, at) +
                            " while " + who_waits(begin, end) + ".");
 }
 
-// "threads 0-63 wait at sync_block (gemm.cuh:41); threads 64-127 exited", for those that wait or exited.
+// "threads 0-63 wait at sync_block (gemm.cuh:41); thread 64 exited", for those that wait or exited.
 std::string Block::who_waits(int begin, int end) const {
   auto const state = [this](int i) -> std::string {
     Thread const& thread = *threads_[static_cast<size_t>(i)];
     if (thread.exited) return "exited";
-    return thread.waits_at == nullptr ? "" : "wait at " + place(thread.waits_at, thread.where);
+    return thread.waits_at == nullptr ? "" : " at " + place(thread.waits_at, thread.where);
   };
   std::vector<std::pair<std::string, std::string>> groups;  // state, its threads
   for (int i = begin; i < end;) {
@@ -271,7 +272,9 @@ std::string Block::who_waits(int begin, int end) const {
   }
   std::string text;
   for (auto const& [what, threads] : groups) {
-    text += (text.empty() ? "threads " : "; threads ") + threads + " " + what;
+    bool const one = threads.find_first_of("-,") == std::string::npos;
+    text += (text.empty() ? "" : "; ") + std::string(one ? "thread " : "threads ") + threads;
+    text += what == "exited" ? " exited" : (one ? " waits" : " wait") + what;
   }
   return text;
 }
@@ -368,14 +371,16 @@ void Block::run(Launch const& launch) {
   prepare();
   uint64_t const blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
   // A stride without a common divisor visits every block once: a shuffle that needs no list.
-  uint64_t stride = blocks * 5 / 8 + 1 + choice_.seed % 16;
+  uint64_t const hash = (choice_.seed + 1) * 0x9E3779B97F4A7C15u;
+  uint64_t const first = (hash >> 32) % blocks;
+  uint64_t stride = hash % blocks + 1;
   while (std::gcd(stride, blocks) != 1) ++stride;
   for (uint64_t i = 0; i < blocks; ++i) {
     uint64_t at = i;
     if (choice_.order == Order::kReverse) at = blocks - 1 - i;
     if (choice_.order == Order::kRandom) {
-      at = static_cast<uint64_t>(static_cast<unsigned __int128>(i) * stride % blocks);
-      random_state_ = (choice_.seed + at + 1) * 0x9E3779B97F4A7C15u | 1;
+      at = static_cast<uint64_t>((static_cast<unsigned __int128>(i) * stride + first) % blocks);
+      random_state_ = (hash ^ at * 0xD1B54A32D192ED03u) | 1;
     }
     index_ = {static_cast<unsigned>(at % launch.grid.x), static_cast<unsigned>(at / launch.grid.x % launch.grid.y),
               static_cast<unsigned>(at / launch.grid.x / launch.grid.y)};
@@ -405,11 +410,14 @@ int thread_index() { return block->self().index; }
 Index3 block_index() { return block->index(); }
 Index3 grid_dim() { return block->launch().grid; }
 
-void fail(std::string const& what) {
-  throw std::runtime_error(block->title() + "thread " + std::to_string(thread_index()) + " " + what);
+void fail(char const* name, Site at, std::string const& what) {
+  throw std::runtime_error(block->title() + "thread " + std::to_string(thread_index()) + " gave " +
+                           place(name, at) + " " + what + ".");
 }
 
-void trap(char const* why) { fail(std::string("trapped: ") + why); }
+void trap(char const* why) {
+  throw std::runtime_error(block->title() + "thread " + std::to_string(thread_index()) + " trapped: " + why + ".");
+}
 
 void meet_warp(char const* name, Site at, void* operand, Compute compute) {
   block->meet_warp(name, at, operand, compute);
@@ -424,13 +432,15 @@ void check_shared(char const* name, Site at, void const* p, size_t bytes) {
   auto const offset = static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) -
                                            reinterpret_cast<uintptr_t>(block->shared()));
   auto const size = static_cast<int64_t>(block->launch().smem_bytes);
+  if (std::abs(offset) > 1 << 24) fail(name, at, "an address that is not in shared memory");
   if (offset < 0 || offset + static_cast<int64_t>(bytes) > size) {
-    fail("gave " + place(name, at) + " an address at byte " + std::to_string(offset) + " of " +
-         std::to_string(size) + " bytes of shared memory.");
+    fail(name, at, "bytes " + std::to_string(offset) + " to " +
+                       std::to_string(offset + static_cast<int64_t>(bytes) - 1) + " of " + std::to_string(size) +
+                       " bytes of shared memory");
   }
   if (offset % static_cast<int64_t>(bytes) != 0) {
-    fail("gave " + place(name, at) + " shared memory byte " + std::to_string(offset) +
-         ", which is not a multiple of " + std::to_string(bytes) + ".");
+    fail(name, at, "byte " + std::to_string(offset) + " of shared memory, which is not a multiple of " +
+                       std::to_string(bytes));
   }
 }
 

@@ -47,8 +47,8 @@ int thread_index();
 Index3 block_index();
 Index3 grid_dim();
 
-// Ends the launch with an error that names kernel, block and thread; `what` continues "thread 5 ".
-[[noreturn]] void fail(std::string const& what);
+// Ends the launch: "KERNEL, block (0, 0, 0): thread 5 gave NAME (FILE:LINE) WHAT."
+[[noreturn]] void fail(char const* name, Site at, std::string const& what);
 [[noreturn]] void trap(char const* why);
 
 // A rendezvous: waits for every thread of the warp (or block), hands over `operand`, and returns after

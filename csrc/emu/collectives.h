@@ -75,7 +75,7 @@ T atomic_update(T* at, Update update) {
 inline void cp_async_16(void* destination, void const* source, bool valid, Site at) {
   check_shared("cp_async_16", at, destination, 16);
   if (valid && reinterpret_cast<uintptr_t>(source) % 16 != 0) {
-    fail("gave cp_async_16 a global address that is not a multiple of 16.");
+    fail("cp_async_16", at, "a global address that is not a multiple of 16");
   }
   memset(destination, 0xFF, 16);
   push_copy({destination, valid ? source : nullptr});

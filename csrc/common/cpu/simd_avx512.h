@@ -1,7 +1,12 @@
 // Sixteen-lane vectors: AVX-512 F, BW, DQ, VL, and the bf16 dot product where the unit is compiled for it.
 // The conventions are in simd_portable.h.
 #pragma once
+// gcc 12 takes the undefined inputs inside its own intrinsics for a mistake of ours.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include "common/cpu/element.h"
 

@@ -455,7 +455,7 @@ def add_text_blocks(
     everything = torch.cat([prompt_ids, video_ids] if layout.text_first else [video_ids, prompt_ids])
     prompt_rows = everything.expand(batch, heads, prompt_blocks, -1)
     pad_rows = torch.where(slots == 0, pad_id, 0).int().expand(batch, heads, pads, -1)
-    text_counts = torch.tensor([out_width] * prompt_blocks + [1] * pads, device=device, dtype=torch.int32)
+    text_counts = torch.where(torch.arange(text_blocks, device=device) < prompt_blocks, out_width, 1).int()
     text_counts = text_counts.expand(batch, heads, -1)
     text_rows = torch.cat([prompt_rows, pad_rows], 2)
     parts = [(text_counts, text_rows), (kv_num_blocks + prompt_blocks, lists)]
@@ -475,8 +475,11 @@ def add_text_offsets(offsets: Tensor, layout: TokenLayout) -> Tensor:
     batch, heads, _ = offsets.shape
     if isinstance(layout.text_valid, tuple):
         batch = max(batch, len(layout.text_valid))
-    valid = layout.text_len if layout.text_valid is None else layout.text_valid
-    valid = torch.tensor(valid, dtype=torch.int32, device=offsets.device).reshape(-1, 1, 1)
+        valid = torch.tensor(layout.text_valid, dtype=torch.int32, device=offsets.device).view(-1, 1, 1)
+    else:
+        # NOTE: full() and not tensor(), which would copy from the host at every call.
+        length = layout.text_len if layout.text_valid is None else layout.text_valid
+        valid = torch.full((1, 1, 1), length, dtype=torch.int32, device=offsets.device)
     bounds = [valid.expand(batch, heads, 1)]
     if layout.has_padding:
         bounds.append(torch.full_like(bounds[0], layout.text_len))

@@ -1,0 +1,43 @@
+"""The toy world: a seeded renderer with ground truth, and a small model trained on it.
+
+    from vdit_ext import toyworld
+    pipe = toyworld.load_pipeline()
+    result = pipe("a red disc bounces over blue stripes", seed=0)
+    result.frames  # uint8 [16, 96, 96, 3], 8 frames a second
+
+scene      words, specs and clips            captions  sentences to specs and back
+renderer   specs to pixels and ground truth  codec     pixels to latents and back, exactly
+text       sentences to codes                model     the transformer
+train      makes the weights                 pipeline  samples with them
+check      says whether a clip shows what was asked
+
+Published models cannot stand in for these: their training data has no ground truth.
+"""
+
+from . import captions, scene
+from .renderer import render
+from .scene import BackgroundSpec, Clip, SceneSpec, ThingSpec
+
+_LATE = {"load_pipeline", "ToyPipeline", "ToyResult"}  # need diffusers, which takes seconds to import
+
+
+def __getattr__(name):
+    if name in _LATE:
+        from . import pipeline
+
+        return getattr(pipeline, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "BackgroundSpec",
+    "Clip",
+    "SceneSpec",
+    "ThingSpec",
+    "ToyPipeline",
+    "ToyResult",
+    "captions",
+    "load_pipeline",
+    "render",
+    "scene",
+]

@@ -1,0 +1,361 @@
+"""The hook on a whole transformer: it reads each call, counts steps, and tells the processors what to do."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.hooks import ModelHook
+from diffusers.hooks.hooks import HookRegistry, StateManager
+from torch import Tensor, nn
+
+from ..sparse.plan import SparseMethod, StepInfo, TokenLayout
+from .processors import SparseProcessor, device_gap
+
+HOOK_NAME = "vdit_ext"
+
+
+class StepCounter:
+    """Denoising steps of one sampling run, counted over every transformer of a pipeline.
+
+    Attributes:
+        video: how many runs have begun; a change means that everything learned before is void.
+        step: index of the current step, from 0; -1 before the first.
+        timestep: the timestep of that step.
+        num_steps: how many there will be, None when nobody said.
+        timesteps: the scheduler's distinct timesteps, largest first, when a pipeline has set them.
+    """
+
+    def __init__(self, num_steps: int | None, pipeline: Any = None):
+        self._asked = num_steps
+        self._scheduler = getattr(pipeline, "scheduler", None)
+        self._pipeline = pipeline
+        self._schedule: Tensor | None = None
+        self.timesteps: list[float] | None = None
+        self.num_steps = num_steps
+        self.video = 0
+        self.step = -1
+        self.timestep = math.nan
+
+    def reset(self) -> None:
+        """Treat the next call as the first of a new video."""
+        self.video += 1
+        self.step = -1
+        self.timestep = math.nan
+
+    def advance(self, timestep: float) -> None:
+        """Note a model call. A lower timestep is the next step, a higher one a new video, NaN no news."""
+        schedule = getattr(self._scheduler, "timesteps", None)
+        if schedule is not self._schedule or timestep > self.timestep:
+            self.reset()
+        if self.step >= 0 and not timestep < self.timestep:
+            return
+        if self.step < 0:
+            self._schedule = schedule
+            self.read_schedule()
+        self.step += 1
+        self.timestep = timestep
+
+    def read_schedule(self) -> None:
+        """Find out the number of steps: the caller's word, else the pipeline's schedule."""
+        self.timesteps = self._scheduled_timesteps()
+        self.num_steps = self._asked
+        if self._asked is None and self.timesteps is not None:
+            self.num_steps = len(self.timesteps)
+
+    def _scheduled_timesteps(self) -> list[float] | None:
+        schedule = getattr(self._scheduler, "timesteps", None)
+        if not isinstance(schedule, Tensor) or getattr(self._scheduler, "num_inference_steps", None) is None:
+            return None
+        # Video-to-video pipelines run only the tail of the schedule, and count it in `num_timesteps`.
+        used = getattr(self._pipeline, "num_timesteps", None) or len(schedule)
+        # Second-order schedulers and rounding repeat a timestep; the model calls there are one step.
+        return sorted(set(schedule[-used:].tolist()), reverse=True)
+
+
+class _ContextName(StateManager):
+    """Receives the name that ``model.cache_context(name)`` announces; upstream looks for this class."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def set_context(self, context: Any) -> None:
+        # A plain string up to diffusers 0.40, an object with a name since.
+        self.name = getattr(context, "name", context)
+
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        self.name = None
+
+
+@dataclass
+class Layer:
+    """One self-attention module and its processor."""
+
+    name: str
+    attn: nn.Module
+    processor: SparseProcessor
+    dense_steps: list[int] = field(default_factory=list)
+    sparse_steps: list[int] = field(default_factory=list)
+
+
+class WanTokenOrder:
+    """Runs ``WanTransformer3DModel`` in another token order while ``order`` is set.
+
+    Tokens change places where the patch embedding leaves them, which takes the place of a copy that the model
+    makes anyway, and go back after the last projection, where they are narrowest. Everything between treats
+    tokens alike, given that the rotary tables and per-token timesteps move along.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.order: Tensor | None = None  # int64 [s] on the device of the tokens
+        self._inverse: Tensor | None = None
+        self._handles = [
+            model.rope.register_forward_hook(self._after_rope),
+            model.patch_embedding.register_forward_hook(self._after_patch_embedding),
+            model.proj_out.register_forward_hook(self._after_proj_out),
+        ]
+
+    def set(self, order: Tensor | None) -> None:
+        """Use this int64 ``[S]`` order from now on; None is the model's own order."""
+        if order is not self.order:
+            self._inverse = None if order is None else order.argsort()
+        self.order = order
+
+    def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the model in the new order: per-token timesteps ``[B, S]``."""
+        if self.order is None or given["timestep"].ndim != 2:
+            return {}
+        timestep = given["timestep"]
+        return {"timestep": timestep.index_select(1, self.order.to(timestep.device))}
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _after_rope(self, module: nn.Module, args: tuple, tables: tuple[Tensor, Tensor]) -> Any:
+        if self.order is None:
+            return None
+        return tuple(table.index_select(1, self.order.to(table.device)) for table in tables)  # [1, s, 1, d]
+
+    def _after_patch_embedding(self, module: nn.Module, args: tuple, grid: Tensor) -> Any:
+        if self.order is None:
+            return None
+        tokens = grid.flatten(2).transpose(1, 2).index_select(1, self.order)  # [b, s, c]
+        return tokens.transpose(1, 2).unflatten(2, grid.shape[2:])
+
+    def _after_proj_out(self, module: nn.Module, args: tuple, tokens: Tensor) -> Any:
+        return None if self.order is None else tokens.index_select(1, self._inverse)
+
+
+class RootHook(ModelHook):
+    """Reads grid, batch, timestep and guidance branch of every call and prepares the processors for it.
+
+    Reading the timestep waits for the device once per model call, not per layer.
+    """
+
+    _is_stateful = True  # so that upstream announces cache contexts to it and resets it after a pipeline call
+
+    def __init__(
+        self,
+        layers: list[Layer],
+        method: SparseMethod | None,
+        counter: StepCounter,
+        layout_of: Callable[[nn.Module, dict[str, Any]], TokenLayout],
+        token_order: WanTokenOrder | None,
+        collect_stats: bool,
+    ):
+        super().__init__()
+        self.layers = layers
+        self.method = method
+        self.counter = counter
+        self.layout_of = layout_of
+        self.token_order = token_order
+        self.collect_stats = collect_stats
+        self.hoist = True  # tests switch it off to compare
+        self.context = _ContextName()
+        self._states: dict[str, tuple[Any, list[Any]]] = {}
+        self._orders: dict[Any, Tensor | None] = {}
+        self._at = (-1, -1)
+        self._calls = 0
+        self._caches_above = False
+
+    # -- what upstream calls ------------------------------------------------------------------------------
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
+        given = dict(zip(_argument_names(type(module)), args, strict=False)) | kwargs
+        hidden = given["hidden_states"]
+        layout = self.layout_of(module, given)
+        self._refuse_parallel()
+        branch = self._advance(module, given["timestep"])
+        if self.method is None or hidden.shape[0] == 0 or layout.num_tokens == 0:
+            dense = [True] * len(self.layers)
+            states = [None] * len(self.layers)
+        else:
+            dense = self._dense_layers(self._info(branch))
+            states = self._states_of(branch, layout, hidden)
+        order = None if all(dense) else self._order(layout, hidden.device)
+        if self.token_order is not None:
+            self.token_order.set(order)
+        self._prepare(module, layout, hidden.device, dense, states, order)
+        moved = {} if order is None else self.token_order.arguments(given)
+        return _replace(type(module), args, kwargs, moved)
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        if self.token_order is not None:
+            self.token_order.set(None)
+        return output
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.counter.reset()
+        return module
+
+    # -- steps and branches -------------------------------------------------------------------------------
+
+    def _advance(self, module: nn.Module, timestep: Tensor) -> str:
+        """Count the call; returns the key of its guidance branch."""
+        value = float(timestep.max()) if timestep.numel() > 0 else math.nan
+        self.counter.advance(value)
+        at = (self.counter.video, self.counter.step)
+        if at[0] != self._at[0]:
+            self.forget()
+        if at != self._at:
+            self._at, self._calls = at, 0
+            self._caches_above = _has_stateful_hooks(module)
+        self._calls += 1
+        # Without a name, the calls at one timestep are the conditional one and the unconditional one in turn.
+        return self.context.name or ("cond", "uncond")[(self._calls - 1) % 2]
+
+    def _info(self, branch: str) -> StepInfo:
+        parts = branch.split("_")
+        label = "cond"
+        if "uncond" in parts:
+            label = "batched" if "cond" in parts else "uncond"
+        elif "batched" in parts:
+            label = "batched"
+        counter = self.counter
+        return StepInfo(counter.step, counter.num_steps, counter.timestep, len(self.layers), label)
+
+    def _dense_layers(self, info: StepInfo) -> list[bool]:
+        return [is_dense(self.method, info, i) for i in range(len(self.layers))]
+
+    def forget(self) -> None:
+        """Void what the method learned from an earlier video, and the record of its steps."""
+        for _, states in self._states.values():
+            for state in states:
+                self.method.reset(state)
+        for layer in self.layers:
+            layer.dense_steps.clear()
+            layer.sparse_steps.clear()
+
+    # -- preparing the processors -------------------------------------------------------------------------
+
+    def _states_of(self, branch: str, layout: TokenLayout, hidden: Tensor) -> list[Any]:
+        signature = (layout, hidden.shape[0], hidden.device)
+        known, states = self._states.get(branch, (None, []))
+        if known != signature:
+            # Another size or batch: nothing learned fits.
+            states = [self.method.new_state(i, len(self.layers)) for i in range(len(self.layers))]
+            self._states[branch] = (signature, states)
+        return states
+
+    def _order(self, layout: TokenLayout, device: torch.device) -> Tensor | None:
+        """The token order to run this call in, int64 ``[S]``, or None.
+
+        Caches keep outputs from step to step, dense steps included, which must then share one order.
+        """
+        if not self.hoist or self.token_order is None or self._caches_above:
+            return None
+        key = (layout, device)
+        if key not in self._orders:
+            order = self.method.token_order(layout)
+            self._orders = {key: None if order is None else order.to(device, torch.int64)}
+        return self._orders[key]
+
+    def _prepare(
+        self,
+        module: nn.Module,
+        layout: TokenLayout,
+        device: torch.device,
+        dense: list[bool],
+        states: list[Any],
+        order: Tensor | None,
+    ) -> None:
+        gap = device_gap(device)
+        for layer, layer_dense, state in zip(self.layers, dense, states, strict=True):
+            processor = layer.processor
+            processor.dense, processor.layout, processor.state = layer_dense, layout, state
+            processor.device_gap = gap
+            if hasattr(state, "tokens_permuted"):
+                state.tokens_permuted = order is not None
+            if self.collect_stats:
+                self._prepare_stats(module, layer, device)
+            steps = layer.dense_steps if layer_dense else layer.sparse_steps
+            if not steps or steps[-1] != self.counter.step:
+                steps.append(self.counter.step)
+
+    def _prepare_stats(self, module: nn.Module, layer: Layer, device: torch.device) -> None:
+        if getattr(module, "hf_device_map", None) is not None:
+            device = next(layer.attn.parameters()).device
+        stats = layer.processor.stats
+        if stats is None or stats.device != device:
+            # Not an inference tensor: a later call may be outside of inference mode.
+            with torch.inference_mode(False):
+                dtype = torch.float32 if device.type == "mps" else torch.float64
+                fresh = torch.zeros(5, dtype=dtype, device=device)
+                layer.processor.stats = fresh if stats is None else fresh + stats.to(device, dtype)
+
+    def _refuse_parallel(self) -> None:
+        for layer in self.layers:
+            refuse_parallel(layer.processor, layer.name)
+
+
+def refuse_parallel(processor: Any, name: str) -> None:
+    """Raise when diffusers shards sequences over devices, where a plan for the whole sequence is wrong."""
+    if getattr(processor, "_parallel_config", None) is not None:
+        raise ValueError(
+            f"vdit_ext: {name}: context or tensor parallelism must be off, enable_parallelism was called"
+        )
+
+
+def is_dense(method: SparseMethod, info: StepInfo, layer: int) -> bool:
+    """Ask the method; a method that needs the number of steps and has none gets a sentence."""
+    try:
+        return bool(method.is_dense(info, layer))
+    except TypeError as error:
+        if info.num_steps is not None:
+            raise
+        raise ValueError(
+            f"vdit_ext.accelerate: {method.name} takes its dense steps as a share of all steps, whose number must "
+            "be known: pass num_inference_steps, or the pipeline instead of its transformer"
+        ) from error
+
+
+def _argument_names(model_class: type) -> list[str]:
+    return list(inspect.signature(model_class.forward).parameters)[1:]
+
+
+def _replace(
+    model_class: type, args: tuple, kwargs: dict[str, Any], moved: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """The call's arguments with some of them changed, each where it stood."""
+    if not moved:
+        return args, kwargs
+    names = _argument_names(model_class)
+    args = tuple(moved.get(name, value) for name, value in zip(names, args, strict=False))
+    return args, kwargs | {name: value for name, value in moved.items() if name in kwargs}
+
+
+def _has_stateful_hooks(module: nn.Module) -> bool:
+    """Whether upstream's caches sit on the model or inside it."""
+    for part in module.modules():
+        registry: HookRegistry | None = getattr(part, "_diffusers_hook", None)
+        if registry is None:
+            continue
+        if any(hook._is_stateful for name, hook in registry.hooks.items() if name != HOOK_NAME):
+            return True
+    return False

@@ -1,0 +1,129 @@
+"""Batched k-means (Lloyd) on the ops; SVG2's clustering.
+
+Source: Sparse VideoGen2, arXiv 2505.18875, section 4.2 of the specification.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .gate import require_choice, require_range
+
+INITS = ("random", "kmeans++")
+
+
+class Clusters(NamedTuple):
+    """What k-means returns.
+
+    Labels, order and sizes belong to the last assignment, and the centroids are the means of that assignment's
+    members; an empty cluster keeps the centroid it had.
+
+    Attributes:
+        centroids: ``[B, H, C, D]`` in x's dtype.
+        labels: int32 ``[B, H, N]`` in ``[0, C)``.
+        sorted_idx: int32 ``[B, H, N]``, rows of cluster 0 in order, then of cluster 1, and so on.
+        offsets: int32 ``[B, H, C+1]``, where each cluster starts in that order.
+    """
+
+    centroids: Tensor
+    labels: Tensor
+    sorted_idx: Tensor
+    offsets: Tensor
+
+    @property
+    def sizes(self) -> Tensor:
+        """int32 ``[B, H, C]``, members of each cluster."""
+        return self.offsets.diff(dim=-1)
+
+
+def kmeans(
+    x: Tensor,
+    num_clusters: int,
+    *,
+    num_iters: int,
+    centroids: Tensor | None = None,
+    init: str = "random",
+    seed: int = 0,
+    tolerance: float | None = None,
+) -> Clusters:
+    """Cluster the rows of every head by Euclidean distance.
+
+    Args:
+        x: ``[B, H, N, D]`` fp32, fp16 or bf16, any strides with a contiguous last dimension.
+        num_clusters: C, at least 1 and at most N.
+        num_iters: Lloyd iterations, at least 1: an assignment, then the means of its members.
+        centroids: ``[B, H, C, D]`` to start from (warm start); ``init`` and ``seed`` are then unused.
+        init: "random" takes C rows drawn uniformly with replacement, as SVG2's code does; "kmeans++" draws each
+            row with probability proportional to its squared distance from those already drawn.
+        seed: of the draw. It happens on a CPU generator, once for each head and for the whole batch, so that
+            neither the device nor the batch size changes the result of a clip.
+        tolerance: stop when no centroid of any head moved farther than this. It reads a number back from the
+            device at every iteration, so it is off (None) by default and cannot be used under compilation.
+
+    Raises:
+        ValueError: one sentence with what was expected and what came.
+    """
+    batch, heads, num_rows, dim = x.shape
+    if not 1 <= num_clusters <= num_rows:
+        raise ValueError(
+            f"kmeans: num_clusters must be at least 1 and at most the {num_rows} rows, got {num_clusters}; ask for "
+            "fewer clusters"
+        )
+    require_range("kmeans", "num_iters", num_iters, 1, torch.inf)
+    require_choice("kmeans", "init", init, INITS)
+    if centroids is None:
+        centroids = draw_centroids(x, num_clusters, init=init, seed=seed)
+    elif centroids.shape != (batch, heads, num_clusters, dim) or centroids.dtype != x.dtype:
+        raise ValueError(
+            f"kmeans: centroids must be {[batch, heads, num_clusters, dim]} {x.dtype}, got "
+            f"{list(centroids.shape)} {centroids.dtype}"
+        )
+    for _ in range(num_iters):
+        labels = ops.kmeans_assign(x, centroids)
+        sorted_idx, offsets = ops.label_sort(labels, num_clusters)
+        before, centroids = centroids, ops.segment_mean(x, sorted_idx, offsets, centroids)
+        if tolerance is not None:
+            shift = (centroids.float() - before.float()).norm(dim=-1).max()
+            if float(shift) < tolerance:
+                break
+    return Clusters(centroids, labels, sorted_idx, offsets)
+
+
+def draw_centroids(x: Tensor, num_clusters: int, *, init: str = "random", seed: int = 0) -> Tensor:
+    """Starting centroids ``[B, H, C, D]``, rows of x; see :func:`kmeans`."""
+    generator = torch.Generator().manual_seed(seed)
+    _, heads, num_rows, dim = x.shape
+    if init == "random":
+        rows = torch.randint(num_rows, (1, heads, num_clusters), generator=generator)
+    else:
+        draws = torch.rand(num_clusters, 1, heads, 1, generator=generator, dtype=torch.float64).to(x.device)
+        rows = _plus_plus_rows(x, draws)
+    rows = rows.to(x.device).expand(x.shape[0], -1, -1)
+    return x.gather(2, rows[..., None].expand(-1, -1, -1, dim)).contiguous()
+
+
+def _plus_plus_rows(x: Tensor, draws: Tensor) -> Tensor:
+    """k-means++ row numbers int64 ``[B, H, C]`` from uniform numbers ``[C, 1, H, 1]``."""
+    batch, heads, num_rows, dim = x.shape
+    weight = torch.ones(batch, heads, num_rows, dtype=torch.float64, device=x.device)
+    nearest = torch.full_like(weight, torch.inf)
+    rows = []
+    for draw in draws:
+        mass = weight.cumsum(-1)
+        row = torch.searchsorted(mass, (draw * mass[..., -1:]).contiguous(), right=True).clamp(max=num_rows - 1)
+        rows.append(row)
+        chosen = x.gather(2, row[..., None].expand(-1, -1, -1, dim))
+        nearest = torch.minimum(nearest, (x - chosen).double().square().sum(-1))
+        # Fewer distinct rows than clusters: every distance is 0, and any row is as good as another.
+        weight = torch.where(nearest.sum(-1, keepdim=True) > 0, nearest, 1.0)
+    return torch.cat(rows, -1)
+
+
+def inertia(x: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
+    """Sum over the rows of the squared distance to their centroid, fp64 ``[B, H]``."""
+    index = labels.long()[..., None].expand(-1, -1, -1, x.shape[-1])
+    return (x.double() - centroids.double().gather(2, index)).square().sum((-1, -2))

@@ -1,0 +1,179 @@
+"""Loads the trained toy model and samples clips through diffusers' `WanPipeline`."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+
+from . import captions, codec, model, scene, text
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+NAME = "toy_t2v"
+DEFAULT_STEPS = 20
+DEFAULT_GUIDANCE = 2.0
+FLOW_SHIFT = 4.0  # as in training: scenes are decided at high noise, where most steps should fall
+
+# The pixel sizes for which WanPipeline, counting on its own VAE, makes latents of 8 by 32 by 32.
+_WAN_SIZE = dict(height=256, width=256, num_frames=29)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyResult:
+    """frames uint8 [16, 96, 96, 3]; latents float32 [1, 54, 8, 32, 32]; the spec that was asked for."""
+
+    frames: np.ndarray
+    latents: torch.Tensor
+    spec: scene.SceneSpec
+
+
+class ToyPipeline:
+    """Text to video with the toy model.
+
+    transformer  WanTransformer3DModel that predicts clean latents, 2048 tokens a clip
+    scheduler    UniPCMultistepScheduler with flow sigmas and prediction_type "sample"
+    wan          the WanPipeline that joins the two; its text encoder and VAE are None
+    """
+
+    num_frames = scene.NUM_FRAMES
+    fps = scene.FPS
+    size = scene.SIZE
+
+    def __init__(self, transformer: WanTransformer3DModel, scheduler=None):
+        scheduler = scheduler or UniPCMultistepScheduler(
+            prediction_type="sample", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
+        )
+        self.wan = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer)
+        self.wan.set_progress_bar_config(disable=True)
+
+    @property
+    def transformer(self) -> WanTransformer3DModel:
+        return self.wan.transformer
+
+    @transformer.setter
+    def transformer(self, value) -> None:
+        self.wan.transformer = value
+
+    @property
+    def scheduler(self):
+        return self.wan.scheduler
+
+    @scheduler.setter
+    def scheduler(self, value) -> None:
+        self.wan.scheduler = value
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        num_inference_steps: int = DEFAULT_STEPS,
+        guidance_scale: float = DEFAULT_GUIDANCE,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> ToyResult:
+        """Sample one clip; the same arguments on the same machine give the same bytes.
+
+        guidance_scale: 1 takes the prompt as it is, at half the cost; above 1 leans on it.
+        callback(step, total) runs after each denoising step, step counting from 1.
+        Raises ValueError, as `captions.parse` does, for a prompt outside the grammar.
+        """
+        spec = captions.parse(prompt)
+        latents = self.wan(
+            prompt_embeds=text.encode([captions.caption(spec)]),
+            negative_prompt_embeds=text.encode([""]),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+            callback_on_step_end=_tell(callback, num_inference_steps),
+            output_type="latent",
+            **_WAN_SIZE,
+        ).frames
+        latents = latents.float().cpu()
+        return ToyResult(codec.decode(latents)[0].numpy(), latents, spec)
+
+
+def _tell(callback, total):
+    if callback is None:
+        return None
+
+    def on_step_end(_pipe, step, _timestep, kwargs):
+        callback(step + 1, total)
+        return kwargs
+
+    return on_step_end
+
+
+def load_pipeline(dtype: torch.dtype = torch.float32, folder: Path = WEIGHTS, name: str = NAME) -> ToyPipeline:
+    """The pipeline with the weights that come with the package, on the CPU, in `dtype`.
+
+    Raises ValueError with one sentence when the weights are missing, damaged or of another model.
+    """
+    card = read_card(folder, name)
+    path = Path(folder) / f"{name}.safetensors"
+    data = _read(path)
+    came = hashlib.sha256(data).hexdigest()
+    if came != card["sha256"]:
+        raise ValueError(f"{path.name}: expected sha256 {card['sha256'][:12]}... as in {name}.json, got {came[:12]}...; install the package again")
+    transformer = model.build(card["config"])
+    _fill(transformer, load(data), path.name)
+    return ToyPipeline(transformer.to(dtype).eval().requires_grad_(False))
+
+
+def read_card(folder: Path = WEIGHTS, name: str = NAME) -> dict:
+    """What is recorded beside the weights: config, settings, steps, losses, world version, sha256."""
+    path = Path(folder) / f"{name}.json"
+    try:
+        card = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name}: expected JSON, got {error}; install the package again") from None
+    if card.get("world_version") != scene.WORLD_VERSION:
+        raise ValueError(f"{path.name}: expected weights of toy world {scene.WORLD_VERSION}, got {card.get('world_version')}; train again")
+    return card
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise ValueError(f"expected the toy weights at {path.name}, found no such file; install the package again or train them")
+    return path.read_bytes()
+
+
+def _fill(transformer, tensors: dict[str, torch.Tensor], name: str) -> None:
+    wanted = dict(transformer.named_parameters())
+    for key in [*wanted, *tensors]:
+        if key not in wanted or key not in tensors or wanted[key].shape != tensors[key].shape:
+            expected = tuple(wanted[key].shape) if key in wanted else "no such tensor"
+            came = tuple(tensors[key].shape) if key in tensors else "none"
+            raise ValueError(f"{name}: expected {key} {expected}, got {came}; these weights belong to another model")
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            parameter.copy_(tensors[key])
+
+
+def export_run(run, folder: Path, command: str = "", name: str = NAME) -> None:
+    """Write a training run's averaged weights (float16), its card and its loss curve into a folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.to(torch.float16).contiguous() for key, value in run.averaged_state().items()}
+    save_file(tensors, folder / f"{name}.safetensors")
+    settings = dataclasses.asdict(run.settings)
+    card = {
+        "what": "toy text-to-video model of vdit_ext, trained on its own rendered clips",
+        "config": settings.pop("config"),
+        "settings": settings,
+        "command": command,
+        "world_version": scene.WORLD_VERSION,
+        "steps": run.step,
+        "active_seconds": round(run.active_seconds),
+        "last_loss": run.curve[-1][2] if run.curve else None,
+        "torch": torch.__version__,
+        "sha256": hashlib.sha256((folder / f"{name}.safetensors").read_bytes()).hexdigest(),
+    }
+    (folder / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
+    lines = ["step,seconds,loss"] + [f"{step},{seconds},{loss}" for step, seconds, loss in run.curve]
+    (folder / f"{name}_loss.csv").write_text("\n".join(lines) + "\n")
