@@ -27,11 +27,11 @@ _VERBS = {motion.split()[0]: motion.split()[1:] for motion in MOTIONS}
 
 
 def caption(spec: SceneSpec) -> str:
-    """Canonical sentence of a spec with one thing; `parse(caption(spec)) == spec`."""
-    (thing,) = spec.things
+    """Canonical sentence of a spec; `parse(caption(spec)) == spec` for a spec with one thing."""
+    things = " and ".join(f"a {thing.colour} {thing.shape} {thing.motion}" for thing in spec.things)
     colour, texture = spec.background.colour, spec.background.texture
     over = f"plain {colour}" if texture == "plain" else f"{colour} {texture}"
-    return f"a {thing.colour} {thing.shape} {thing.motion} over {over}"
+    return f"{things} over {over}"
 
 
 def parse(prompt: str) -> SceneSpec:

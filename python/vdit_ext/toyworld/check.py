@@ -18,7 +18,7 @@ from . import captions, renderer, scene
 # Distances between colours are Euclidean in 0..255 RGB.
 THING_DISTANCE = 55.0  # a pixel this far from every mixture of the plate's tones belongs to a thing
 COLOUR_DISTANCE = 70.0  # the thing's mean colour may be this far from the named one
-BACKGROUND_ERROR = 14.0  # mean absolute error of the plate, away from the thing
+BACKGROUND_ERROR = 16.0  # mean absolute error of the plate, away from the thing
 MOVED = 22.0  # pixels; less than this counts as standing still
 SHOWN_SHARE = 0.85  # of the frames must show the thing
 
