@@ -9,8 +9,6 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from emu.toolchain import cuda_include_dirs
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -33,6 +31,7 @@ def build_emulator(sanitize: str = "") -> Path:
     """
     try:
         import pybind11
+        from emu.toolchain import cuda_include_dirs
     except ImportError as error:
         raise EmulatorUnavailable(f'{error.name} is not installed; pip install ".[test]"') from error
     includes = cuda_include_dirs()

@@ -3,8 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../common/torch_stable.h"
-#include "params.h"
+#include "common/torch_stable.h"
+#include "attention/params.h"
 
 namespace vdit {
 

@@ -1,5 +1,5 @@
 // The attention family on the CPU.
-#include "op_impl.h"
+#include "attention/op_impl.h"
 
 namespace vdit {
 

@@ -2,10 +2,10 @@
 //
 // With VDIT_EMU the same file registers the emulated kernels for CPU tensors in a namespace of their own, so
 // that one test suite runs over both.
-#include "op_impl.h"
+#include "attention/op_impl.h"
 
 #ifdef VDIT_EMU
-#include "schema.h"
+#include "attention/schema.h"
 #else
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #endif

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "checks.h"
+#include "attention/checks.h"
 
 namespace vdit {
 

@@ -1,7 +1,7 @@
 // Op schemas of the attention family. In a header because the emulator registers the same ones in a second
 // namespace.
 #pragma once
-#include "../common/torch_stable.h"
+#include "common/torch_stable.h"
 
 namespace vdit {
 

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "check.h"
+#include "common/check.h"
 #include "vdit/types.h"
 
 // The op namespace is a build option (the Hugging Face kernels hub needs one of its own per build). The

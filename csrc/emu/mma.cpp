@@ -29,11 +29,14 @@ float f16_to_float(uint32_t half) {
 
 // How the PTX manual spreads the matrices over lanes: lane 4 * g + t holds rows g and g + 8 of a and d, and
 // column g of b; t picks the position along k (four bytes) and the pair of columns of d.
-// The loops over n are the vectorised ones.
+// A row of eight columns is one vector of the compiler's, whatever registers it finds for it.
+template <class T>
+using Row [[gnu::vector_size(8 * sizeof(T))]] = T;
 
 template <float (*kConvert)(uint32_t)>
 void multiply_m16n8k16(void* const* operands) {
-  float a[16][16], b[16][8], d[16][8];
+  float a[16][16];
+  Row<float> b[16], d[16];
   for (int lane = 0; lane < 32; ++lane) {
     auto const* const mine = static_cast<MmaOperand*>(operands[lane]);
     auto const* const c = static_cast<float const*>(mine->d);
@@ -51,9 +54,9 @@ void multiply_m16n8k16(void* const* operands) {
     }
   }
   for (int m = 0; m < 16; ++m) {
-    for (int k = 0; k < 16; ++k) {
-      for (int n = 0; n < 8; ++n) d[m][n] += a[m][k] * b[k][n];
-    }
+    Row<float> sum = d[m];
+    for (int k = 0; k < 16; ++k) sum += a[m][k] * b[k];
+    d[m] = sum;
   }
   for (int lane = 0; lane < 32; ++lane) {
     auto* const c = static_cast<float*>(static_cast<MmaOperand*>(operands[lane])->d);
@@ -61,34 +64,38 @@ void multiply_m16n8k16(void* const* operands) {
   }
 }
 
+// Byte `i` of four int8 values, sign-extended.
+uint32_t byte_of(uint32_t four, int i) { return static_cast<uint32_t>(static_cast<int8_t>(four >> (8 * i))); }
+
 }  // namespace
 
 void multiply_m16n8k16_f16(void* const* operands, int) { multiply_m16n8k16<f16_to_float>(operands); }
 void multiply_m16n8k16_bf16(void* const* operands, int) { multiply_m16n8k16<bf16_to_float>(operands); }
 
 void multiply_m16n8k32_s8(void* const* operands, int) {
-  int32_t a[16][32], b[32][8];
-  uint32_t d[16][8];  // unsigned, because sums wrap
+  // Unsigned, because sums wrap; a product's low 32 bits are the same either way.
+  uint32_t a[16][32];
+  Row<uint32_t> b[32], d[16];
   for (int lane = 0; lane < 32; ++lane) {
     auto const* const mine = static_cast<MmaOperand*>(operands[lane]);
     auto const* const c = static_cast<int32_t const*>(mine->d);
     int const g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) {
       for (int byte = 0; byte < 4; ++byte) {
-        a[g + i % 2 * 8][t * 4 + byte + i / 2 * 16] = static_cast<int8_t>(mine->a[i] >> (8 * byte));
+        a[g + i % 2 * 8][t * 4 + byte + i / 2 * 16] = byte_of(mine->a[i], byte);
       }
       d[g + i / 2 * 8][t * 2 + i % 2] = static_cast<uint32_t>(c[i]);
     }
     for (int i = 0; i < 2; ++i) {
       for (int byte = 0; byte < 4; ++byte) {
-        b[t * 4 + byte + i * 16][g] = static_cast<int8_t>(mine->b[i] >> (8 * byte));
+        b[t * 4 + byte + i * 16][g] = byte_of(mine->b[i], byte);
       }
     }
   }
   for (int m = 0; m < 16; ++m) {
-    for (int k = 0; k < 32; ++k) {
-      for (int n = 0; n < 8; ++n) d[m][n] += static_cast<uint32_t>(a[m][k] * b[k][n]);
-    }
+    Row<uint32_t> sum = d[m];
+    for (int k = 0; k < 32; ++k) sum += a[m][k] * b[k];
+    d[m] = sum;
   }
   for (int lane = 0; lane < 32; ++lane) {
     auto* const c = static_cast<int32_t*>(static_cast<MmaOperand*>(operands[lane])->d);

@@ -12,7 +12,7 @@ from vdit_ext.ops.attention import (
     lists_from_mask,
     merge_attention_naive,
 )
-from vdit_ext.testing import assert_close, generator
+from vdit_ext.testing import TOLERANCE, assert_close, generator
 
 LSE_TOLERANCE = 1e-5
 
@@ -30,9 +30,18 @@ def check(backend, inputs):
     out, lse = run(backend, inputs)
     expected, expected_lse = block_sparse_attention_naive(*inputs.args, **inputs.kwargs)
     assert out.dtype == inputs.q.dtype and lse.dtype == torch.float32
-    assert_close(out, expected, what="out")
+    # exp() turns the fp32 rounding of a logit into a relative error: large logits cost accuracy by nature.
+    logits = rounding_of_logits(inputs)
+    assert_close(out, expected, tolerance=TOLERANCE[out.dtype] + logits, what="out")
     assert_close(lse, expected_lse, tolerance=LSE_TOLERANCE, what="lse")
     return out, lse
+
+
+def rounding_of_logits(inputs) -> float:
+    """fp32 rounding unit of the largest logit, at most the bound on the relative error of a weight."""
+    scale = inputs.kwargs["scale"] or inputs.q.shape[-1] ** -0.5
+    largest = (inputs.q.float() @ inputs.k.float().transpose(-1, -2)).abs().max() if inputs.q.numel() else 0.0
+    return float(largest) * scale * 2**-23
 
 
 @pytest.mark.parametrize("case", cases.correctness, ids=str)

@@ -146,7 +146,7 @@ class SparseProcessor:
             return self.attend_dense(query, key, value, mask)
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [b, h, s, d] views
         if self.dense:
-            if self.method.observes_dense_steps and policy != "reference":
+            if self.method.observes_dense_steps and self.state is not None and policy != "reference":
                 self.method.observe(q, k, self.layout, self.state)
             return self.attend_dense(query, key, value, mask)
         if policy == "reference":

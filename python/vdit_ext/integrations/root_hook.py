@@ -49,16 +49,17 @@ class StepCounter:
 
     def advance(self, timestep: float) -> None:
         """Note a model call. A lower timestep is the next step, a higher one a new video, NaN no news."""
-        schedule = getattr(self._scheduler, "timesteps", None)
+        schedule = self._scheduled()
         if schedule is not self._schedule or timestep > self.timestep:
             self.reset()
-        if self.step >= 0 and not timestep < self.timestep:
-            return
         if self.step < 0:
             self._schedule = schedule
             self.read_schedule()
-        self.step += 1
-        self.timestep = timestep
+            self.step = 0
+        elif timestep < self.timestep:
+            self.step += 1
+        if not math.isnan(timestep):
+            self.timestep = timestep
 
     def read_schedule(self) -> None:
         """Find out the number of steps: the caller's word, else the pipeline's schedule."""
@@ -67,9 +68,14 @@ class StepCounter:
         if self._asked is None and self.timesteps is not None:
             self.num_steps = len(self.timesteps)
 
+    def _scheduled(self) -> Tensor | None:
+        # The very tensor that the scheduler stores: every run of a pipeline makes a new one.
+        schedule = getattr(self._scheduler, "__dict__", {}).get("timesteps")
+        return schedule if isinstance(schedule, Tensor) else None
+
     def _scheduled_timesteps(self) -> list[float] | None:
-        schedule = getattr(self._scheduler, "timesteps", None)
-        if not isinstance(schedule, Tensor) or getattr(self._scheduler, "num_inference_steps", None) is None:
+        schedule = self._scheduled()
+        if schedule is None or getattr(self._scheduler, "num_inference_steps", None) is None:
             return None
         # Video-to-video pipelines run only the tail of the schedule, and count it in `num_timesteps`.
         used = getattr(self._pipeline, "num_timesteps", None) or len(schedule)
@@ -113,6 +119,7 @@ class WanTokenOrder:
     def __init__(self, model: nn.Module):
         self.order: Tensor | None = None  # int64 [s] on the device of the tokens
         self._inverse: Tensor | None = None
+        self._inverted: Tensor | None = None  # the order that `_inverse` undoes
         self._handles = [
             model.rope.register_forward_hook(self._after_rope),
             model.patch_embedding.register_forward_hook(self._after_patch_embedding),
@@ -121,9 +128,9 @@ class WanTokenOrder:
 
     def set(self, order: Tensor | None) -> None:
         """Use this int64 ``[S]`` order from now on; None is the model's own order."""
-        if order is not self.order:
-            self._inverse = None if order is None else order.argsort()
         self.order = order
+        if order is not None and order is not self._inverted:
+            self._inverse, self._inverted = order.argsort(), order
 
     def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the model in the new order: per-token timesteps ``[B, S]``."""
@@ -198,7 +205,7 @@ class RootHook(ModelHook):
         else:
             dense = self._dense_layers(self._info(branch))
             states = self._states_of(branch, layout, hidden)
-        order = None if all(dense) else self._order(layout, hidden.device)
+        order = None if all(dense) else self._order(layout, hidden.device, states)
         if self.token_order is not None:
             self.token_order.set(order)
         self._prepare(module, layout, hidden.device, dense, states, order)
@@ -263,12 +270,14 @@ class RootHook(ModelHook):
             self._states[branch] = (signature, states)
         return states
 
-    def _order(self, layout: TokenLayout, device: torch.device) -> Tensor | None:
+    def _order(self, layout: TokenLayout, device: torch.device, states: list[Any]) -> Tensor | None:
         """The token order to run this call in, int64 ``[S]``, or None.
 
         Caches keep outputs from step to step, dense steps included, which must then share one order.
         """
         if not self.hoist or self.token_order is None or self._caches_above:
+            return None
+        if not all(hasattr(state, "tokens_permuted") for state in states):
             return None
         key = (layout, device)
         if key not in self._orders:

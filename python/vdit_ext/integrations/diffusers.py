@@ -1,0 +1,496 @@
+"""``accelerate`` and ``explain`` for diffusers transformers and pipelines. Tested with diffusers 0.42.1."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from torch import nn
+
+from ..sparse.plan import SparseMethod, StepInfo, TokenLayout
+from .processors import (
+    DENSE_CALLS,
+    DENSITY_SUM,
+    DONE_FLOPS,
+    FULL_FLOPS,
+    SPARSE_CALLS,
+    SparseProcessor,
+    WanSelfAttentionProcessor,
+    device_gap,
+    kernel_gap,
+    kernel_name,
+)
+from .root_hook import HOOK_NAME, Layer, RootHook, StepCounter, WanTokenOrder, is_dense, refuse_parallel
+
+POLICIES = ("error", "dense", "reference")
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """How to find and feed the self-attention of one diffusers class.
+
+    Attributes:
+        attentions: the eligible attention modules of a model, by name, in the order they run.
+        processor: class of the processor that replaces theirs.
+        layout: token layout of a call, from the model and the call's arguments by name.
+        token_order: class that lets the model run in another token order, or None.
+    """
+
+    attentions: Callable[[nn.Module], dict[str, nn.Module]]
+    processor: type[SparseProcessor]
+    layout: Callable[[nn.Module, dict[str, Any]], TokenLayout]
+    token_order: type[WanTokenOrder] | None = None
+
+
+def _wan_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    return {f"blocks.{i}.attn1": block.attn1 for i, block in enumerate(model.blocks)}
+
+
+def _wan_layout(model: nn.Module, given: dict[str, Any]) -> TokenLayout:
+    sizes = given["hidden_states"].shape[2:]  # latent frames, rows, columns
+    return TokenLayout(tuple(size // patch for size, patch in zip(sizes, model.config.patch_size, strict=True)))
+
+
+# Class name in diffusers to how it is accelerated; a new model is a new line.
+MODELS: dict[str, ModelEntry] = {
+    "WanTransformer3DModel": ModelEntry(
+        _wan_attentions, WanSelfAttentionProcessor, _wan_layout, WanTokenOrder
+    ),
+}
+
+
+def accelerate(
+    model_or_pipeline: Any,
+    *,
+    sparse: SparseMethod | None = None,
+    on_unsupported: str = "error",
+    num_inference_steps: int | None = None,
+    collect_stats: bool = True,
+) -> Handle:
+    """Give the self-attention layers of a diffusers transformer to a sparse method, in place and undoably.
+
+    Cross-attention stays as it is, and so do the weights. In steps that the method calls dense, the model computes
+    what it did before, bit for bit.
+
+    Args:
+        model_or_pipeline: a transformer of a class in :data:`MODELS`, or a pipeline that holds such transformers as
+            ``transformer`` and ``transformer_2`` (Wan 2.2); both are accelerated, and their steps are counted
+            together. Compile after this call, with ``compile_repeated_blocks(fullgraph=True)``.
+        sparse: a method of :mod:`vdit_ext.sparse`. None keeps every layer dense and only counts.
+        on_unsupported: what happens when the kernels cannot serve a layer (head size, dtype, device, a mask):
+            "error" raises, "dense" runs upstream's attention, "reference" runs the slow definition of the op,
+            which a compiled block cannot contain, and which takes no mask.
+        num_inference_steps: denoising steps of one video, at least 1. None takes it from the pipeline's scheduler;
+            a transformer alone has none, and methods that make a share of the steps dense then refuse.
+        collect_stats: count calls, density and FLOPs on the device; see :meth:`Handle.stats`.
+
+    Returns:
+        A :class:`Handle`. Steps are counted from the ``timestep`` of the calls: a lower one is the next step, and a
+        higher one, or the end of a pipeline call, begins a new video and forgets what was learned. Loops that sample
+        otherwise call ``handle.reset()``.
+
+    Raises:
+        TypeError: no diffusers model or pipeline of a known class.
+        ValueError: already accelerated, an option out of its range, or, where it can be known now, a layer that the
+            kernels do not support. What only a call shows (autocast, a mask, a move to another device) raises there.
+    """
+    if on_unsupported not in POLICIES:
+        raise ValueError(
+            f'vdit_ext.accelerate: on_unsupported must be "error", "dense" or "reference", got {on_unsupported!r}'
+        )
+    if num_inference_steps is not None and num_inference_steps < 1:
+        raise ValueError(
+            f"vdit_ext.accelerate: num_inference_steps must be at least 1, got {num_inference_steps}"
+        )
+    if sparse is not None and not isinstance(sparse, SparseMethod):
+        raise TypeError(
+            f"vdit_ext.accelerate: sparse must be a method of vdit_ext.sparse, got {type(sparse).__name__}"
+        )
+    found = _transformers(model_or_pipeline)
+    is_pipeline = not isinstance(model_or_pipeline, nn.Module)
+    for model in found.values():
+        _check(model, sparse, on_unsupported)
+        if sparse is not None and not is_pipeline:
+            # Methods that need the number of steps say so now, not in the first call.
+            is_dense(sparse, StepInfo(0, num_inference_steps, 1000.0, len(_attentions(model))), 0)
+    counter = StepCounter(num_inference_steps, model_or_pipeline if is_pipeline else None)
+    backend = _AttentionBackendRegistry.get_active_backend()[0]
+    attached = [
+        _attach(name, model, sparse, on_unsupported, counter, collect_stats) for name, model in found.items()
+    ]
+    return Handle(attached, sparse, counter, backend)
+
+
+def explain(model_or_pipeline: Any) -> Explanation:
+    """What runs in each self-attention layer of a model or pipeline, accelerated or not, and why.
+
+    Returns:
+        A list of dicts, one a layer, that prints as a table; see :meth:`Handle.explain`.
+
+    Raises:
+        TypeError: no diffusers model or pipeline of a known class.
+    """
+    rows = []
+    for name, model in _transformers(model_or_pipeline).items():
+        handle = handle_of(model)
+        if handle is not None:
+            rows += [row | {"model": name} for row in handle.explain() if row["model"] == handle.name_of(model)]
+            continue
+        for layer, attn in _attentions(model).items():
+            facts = _facts(name, layer, attn)
+            rows.append(facts | {"backend": "upstream", "reason": "accelerate() has not been called"})
+    return Explanation(rows)
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle of a model that is accelerated now, else None."""
+    registry = getattr(_unwrap(model), "_diffusers_hook", None)
+    hook = registry.get_hook(HOOK_NAME) if registry is not None else None
+    return getattr(hook, "handle", None)
+
+
+class Explanation(list):
+    """A list of dicts, one an attention layer, that prints as a table with like neighbours in one row."""
+
+    COLUMNS = ("model", "layer", "method", "dense_steps", "backend", "dtype", "heads", "head_dim", "reason")
+
+    def __str__(self) -> str:
+        lines = [self.COLUMNS]
+        for _, group in itertools.groupby(self, key=_all_but_layer):
+            rows = list(group)
+            layer = rows[0]["layer"] if len(rows) == 1 else f"{rows[0]['layer']} .. {rows[-1]['layer']}"
+            lines.append(tuple(str((rows[0] | {"layer": layer})[column]) for column in self.COLUMNS))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.COLUMNS))]
+        table = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+        return "\n".join(line.rstrip() for line in table)
+
+    __repr__ = __str__
+
+
+def _all_but_layer(row: dict[str, Any]) -> tuple:
+    return tuple(value for key, value in row.items() if key != "layer")
+
+
+@dataclass
+class _Attached:
+    """One accelerated transformer and all that is needed to make it what it was."""
+
+    name: str
+    model: nn.Module
+    entry: ModelEntry
+    hook: RootHook
+    layers: list[Layer]
+    processors: list[tuple[nn.Module, Any]]
+    backends: list[tuple[Any, Any]]
+    had_registry: bool
+    forward_before: Any
+    forward_after: Any
+
+
+class Handle:
+    """Holds what :func:`accelerate` did. As a context manager it undoes that at the end."""
+
+    def __init__(
+        self, attached: list[_Attached], method: SparseMethod | None, counter: StepCounter, backend: Any
+    ):
+        self._attached = attached
+        self._method = method
+        self._counter = counter
+        self._backend = backend
+        self._undone = False
+        for one in attached:
+            one.hook.handle = self
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.undo()
+
+    def name_of(self, model: nn.Module) -> str | None:
+        """Under which name this handle lists a transformer."""
+        return next((one.name for one in self._attached if one.model is _unwrap(model)), None)
+
+    def reset(self, *, stats: bool = False) -> None:
+        """Treat the next call as the first of a new video; ``stats`` also sets the counters to zero."""
+        self._counter.reset()
+        if stats:
+            for one in self._attached:
+                for layer in one.layers:
+                    layer.processor.stats = None
+
+    def undo(self) -> None:
+        """Put back the processors, hooks and attention backends, the global one included, as they were before
+        :func:`accelerate`. A second call does nothing."""
+        if self._undone:
+            return
+        self._undone = True
+        for one in self._attached:
+            for attn, processor in one.processors:
+                attn.set_processor(processor)
+            for processor, backend in one.backends:
+                processor._attention_backend = backend
+            if one.hook.token_order is not None:
+                one.hook.token_order.remove()
+            _remove_root_hook(one)
+            one.hook.handle = None
+        _AttentionBackendRegistry.set_active_backend(self._backend)
+
+    def explain(self) -> Explanation:
+        """What runs in each self-attention layer and why.
+
+        Returns:
+            A list that prints as a table, of dicts with: ``model``, ``layer``, ``method``; ``dense_steps``, the step
+            numbers that are dense, as far as known before they run; ``backend``: "cpu" or "sm80" kernels, "naive"
+            definition, or "upstream" attention; ``dtype``, ``heads``, ``head_dim``; ``reason``, a sentence;
+            and ``ran_dense``, ``ran_sparse``, lists of the steps of the current video that ran so.
+        """
+        return Explanation(self._row(one, i) for one in self._attached for i in range(len(one.layers)))
+
+    def _row(self, one: _Attached, index: int) -> dict[str, Any]:
+        layer = one.layers[index]
+        row = _facts(one.name, layer.name, layer.attn)
+        ran = {"ran_dense": list(layer.dense_steps), "ran_sparse": list(layer.sparse_steps)}
+        if self._method is None:
+            why = {"backend": "upstream", "reason": "no sparse method was given"}
+            return row | why | ran
+        row["method"] = self._method.name
+        gap = layer.processor.reason or _layer_gap(layer.attn)
+        if gap is None:
+            row["dense_steps"] = _dense_steps(self._method, self._counter, index, len(one.layers))
+            kernel = kernel_name(_weight(layer.attn).device)
+            why = {"backend": kernel, "reason": f"head_dim and dtype are served by the {kernel} kernels"}
+        elif layer.processor.on_unsupported == "dense":
+            why = {"backend": "upstream", "reason": f"dense in every step: {gap}"}
+        elif layer.processor.on_unsupported == "reference":
+            why = {"backend": "naive", "reason": f"the op's definition: {gap}"}
+        else:
+            why = {"backend": "none", "reason": f"calls raise: {gap}"}
+        return row | why | ran
+
+    def stats(self) -> dict[str, Any]:
+        """What was computed since :func:`accelerate`, or since ``reset(stats=True)``. Waits for the device.
+
+        Returns:
+            A dict with ``dense_calls`` and ``sparse_calls`` of single layers; ``density``, the mean share 0..1 of
+            query-key pairs kept in sparse calls, NaN without any; ``attention_flops`` of the self-attention
+            products as computed and ``dense_attention_flops`` as they would be without a method; ``video_steps``,
+            steps of the current video so far; and ``layers``, a list of dicts with ``model``, ``layer`` and the
+            first five of these.
+        """
+        layers = []
+        total = torch.zeros(5, dtype=torch.float64)
+        for one in self._attached:
+            for layer in one.layers:
+                stats = layer.processor.stats
+                stats = torch.zeros(5, dtype=torch.float64) if stats is None else stats.cpu().double()
+                total += stats
+                layers.append({"model": one.name, "layer": layer.name} | _summary(stats))
+        return _summary(total) | {"video_steps": self._counter.step + 1, "layers": layers}
+
+
+def _summary(stats: torch.Tensor) -> dict[str, Any]:
+    values = stats.tolist()
+    calls = values[SPARSE_CALLS]
+    return {
+        "dense_calls": int(values[DENSE_CALLS]),
+        "sparse_calls": int(calls),
+        "density": values[DENSITY_SUM] / calls if calls else math.nan,
+        "attention_flops": values[DONE_FLOPS],
+        "dense_attention_flops": values[FULL_FLOPS],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Finding and checking
+# ---------------------------------------------------------------------------------------------------------
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)  # torch.compile(model) wraps it
+
+
+def _entry(model: nn.Module) -> ModelEntry:
+    for parent in type(model).__mro__:
+        if parent.__name__ in MODELS:
+            return MODELS[parent.__name__]
+    raise TypeError(
+        f"vdit_ext.accelerate: the model's class must be one of {', '.join(MODELS)}, got {type(model).__name__}"
+    )
+
+
+def _attentions(model: nn.Module) -> dict[str, nn.Module]:
+    return _entry(model).attentions(model)
+
+
+def _transformers(model_or_pipeline: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline by name, or a model alone; raises TypeError for anything else."""
+    if isinstance(model_or_pipeline, nn.Module):
+        found = {"transformer": _unwrap(model_or_pipeline)}
+    else:
+        parts = ((name, getattr(model_or_pipeline, name, None)) for name in ("transformer", "transformer_2"))
+        found = {name: _unwrap(part) for name, part in parts if isinstance(part, nn.Module)}
+    if not found:
+        raise TypeError(
+            "vdit_ext.accelerate: a diffusers transformer, or a pipeline that holds one, is expected, got "
+            f"{type(model_or_pipeline).__name__}"
+        )
+    for model in found.values():
+        _entry(model)
+    return found
+
+
+def _check(model: nn.Module, method: SparseMethod | None, on_unsupported: str) -> None:
+    if handle_of(model) is not None:
+        raise ValueError(
+            f"vdit_ext.accelerate: {type(model).__name__} is accelerated already; call undo() on the first handle"
+        )
+    for name, attn in _attentions(model).items():
+        refuse_parallel(attn.processor, name)
+        if method is not None and on_unsupported == "error" and (gap := _layer_gap(attn)) is not None:
+            raise ValueError(
+                f"vdit_ext.accelerate: {name}: {gap}; on_unsupported may be set to \"dense\" or \"reference\""
+            )
+
+
+def _weight(attn: nn.Module) -> torch.Tensor:
+    return attn.to_out[0].weight
+
+
+def _layer_gap(attn: nn.Module) -> str | None:
+    weight = _weight(attn)
+    if weight.device.type == "meta":
+        return None  # not loaded yet: the call will tell
+    return device_gap(weight.device) or kernel_gap(
+        attn.inner_dim // attn.heads, _compute_dtype(weight), weight.device.type
+    )
+
+
+def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    # Weights stored in 8 bits are computed in a wider type that only the call shows.
+    return torch.bfloat16 if weight.dtype.itemsize == 1 else weight.dtype
+
+
+def _facts(model: str, layer: str, attn: nn.Module) -> dict[str, Any]:
+    return {
+        "model": model,
+        "layer": layer,
+        "method": "dense",
+        "dense_steps": "all",
+        "backend": "",
+        "dtype": str(_weight(attn).dtype).removeprefix("torch."),
+        "heads": attn.heads,
+        "head_dim": attn.inner_dim // attn.heads,
+        "reason": "",
+    }
+
+
+def _dense_steps(method: SparseMethod, counter: StepCounter, layer: int, num_layers: int) -> str:
+    """Which steps are dense, as a phrase; only what can be known now."""
+    if counter.step < 0:
+        counter.read_schedule()
+    total, times = counter.num_steps, counter.timesteps
+    if total is None:
+        return "unknown, no number of steps"
+    dense = []
+    for step in range(total):
+        known = times is not None and len(times) == total
+        answers = {
+            method.is_dense(StepInfo(step, total, timestep, num_layers), layer)
+            for timestep in ([times[step]] if known else [0.0, 1000.0])
+        }
+        if len(answers) > 1:
+            return "decided by timestep"
+        dense += [step] if answers.pop() else []
+    return f"{_ranges(dense)} of {total}"
+
+
+def _ranges(steps: list[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
+    if not steps:
+        return "none"
+    parts: list[list[int]] = []
+    for step in steps:
+        if parts and step == parts[-1][-1] + 1:
+            parts[-1].append(step)
+        else:
+            parts.append([step])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Attaching and undoing
+# ---------------------------------------------------------------------------------------------------------
+
+
+def _attach(
+    name: str,
+    model: nn.Module,
+    method: SparseMethod | None,
+    on_unsupported: str,
+    counter: StepCounter,
+    collect_stats: bool,
+) -> _Attached:
+    entry = _entry(model)
+    layers, processors = [], []
+    backends = [
+        (part.processor, part.processor._attention_backend)
+        for part in model.modules()
+        if hasattr(getattr(part, "processor", None), "_attention_backend")
+    ]
+    for where, attn in entry.attentions(model).items():
+        processor = entry.processor(method, where, on_unsupported)
+        processor._attention_backend = getattr(attn.processor, "_attention_backend", None)
+        processors.append((attn, attn.processor))
+        attn.set_processor(processor)
+        layers.append(Layer(where, attn, processor))
+    token_order = entry.token_order(model) if entry.token_order is not None and method is not None else None
+    hook = RootHook(layers, method, counter, entry.layout, token_order, collect_stats)
+    had_registry = hasattr(model, "_diffusers_hook")
+    forward_before = model.__dict__.get("forward")
+    HookRegistry.check_if_exists_or_initialize(model).register_hook(hook, HOOK_NAME)
+    return _Attached(
+        name,
+        model,
+        entry,
+        hook,
+        layers,
+        processors,
+        backends,
+        had_registry,
+        forward_before,
+        model.__dict__.get("forward"),
+    )
+
+
+def _remove_root_hook(one: _Attached) -> None:
+    """Take the root hook out of the chain of forwards, wherever others have put theirs since."""
+    registry = one.model._diffusers_hook
+    place = registry._hook_order.index(HOOK_NAME)
+    last = place == len(registry._hook_order) - 1
+    if last and one.model.__dict__.get("forward") is not one.forward_after:
+        # Something else wrapped `forward` on top (offloading does): stay in its chain, but do nothing.
+        reference = registry._fn_refs[place]
+        reference.pre_forward = lambda module, *args, **kwargs: (args, kwargs)
+        reference.post_forward = lambda module, output: output
+        del registry.hooks[HOOK_NAME], registry._hook_order[place], registry._fn_refs[place]
+        return
+    above = None if last else registry._fn_refs[place + 1]
+    replaced = above is not None and above.original_forward is not None
+    forward = above.forward if replaced else None
+    inner = registry._fn_refs[place].forward
+    registry.remove_hook(HOOK_NAME, recurse=False)
+    if replaced:
+        # NOTE: diffusers 0.42.1 overwrites the `new_forward` of the hook above (FasterCache's, for one) with
+        # ours; that hook calls the inner forward through `original_forward` instead.
+        above.forward, above.original_forward = forward, inner
+    if last and one.forward_before is None:
+        del one.model.forward
+    if not one.had_registry and not registry.hooks:
+        del one.model._diffusers_hook
