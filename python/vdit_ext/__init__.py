@@ -1,5 +1,10 @@
-"""Kernels and pipelines for video diffusion transformers."""
+"""Kernels and pipelines for video diffusion transformers.
 
+Importing the package loads the op libraries, so that ``torch.ops.vdit`` is ready. What needs diffusers is
+imported when it is first used.
+"""
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 try:
@@ -9,4 +14,25 @@ except PackageNotFoundError:  # running from a source tree that was built in pla
 
 from . import ops
 
-__all__ = ["__version__", "ops"]
+_LAZY = {
+    "accelerate": ("integrations", "accelerate"),
+    "explain": ("integrations", "explain"),
+    "sparse": ("sparse", None),
+    "toyworld": ("toyworld", None),
+}
+
+__all__ = ["__version__", "accelerate", "explain", "ops", "sparse", "toyworld"]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module_name, attribute = _LAZY[name]
+    module = import_module(f".{module_name}", __name__)
+    value = module if attribute is None else getattr(module, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -114,7 +114,7 @@ class SparseProcessor:
         where: name of the attention module, for messages.
         dense: whether the next call is dense; written by the root hook.
         layout: where the tokens come from; written by the root hook.
-        state: the method's state for this layer and guidance branch; written by the root hook.
+        state: the method's state for this layer; written by the root hook.
         stats: fp64 ``[5]`` counters on the query's device, or None when nothing is counted.
         device_gap: why the device cannot run the kernels, None when it can; written by the root hook.
         reason: why the last call did not get the kernels, None when it did.

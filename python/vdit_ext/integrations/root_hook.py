@@ -13,7 +13,7 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import HookRegistry, StateManager
 from torch import Tensor, nn
 
-from ..sparse.plan import SparseMethod, StepInfo, TokenLayout
+from ..sparse.plan import SparseMethod, StepInfo, TokenLayout, begin_step
 from .processors import SparseProcessor, device_gap
 
 HOOK_NAME = "vdit_ext"
@@ -185,7 +185,8 @@ class RootHook(ModelHook):
         self.collect_stats = collect_stats
         self.hoist = True  # tests switch it off to compare
         self.context = _ContextName()
-        self._states: dict[str, tuple[Any, list[Any]]] = {}
+        self._states: list[Any] = []
+        self._shape: Any = None
         self._orders: dict[Any, Tensor | None] = {}
         self._at = (-1, -1)
         self._calls = 0
@@ -198,13 +199,12 @@ class RootHook(ModelHook):
         hidden = given["hidden_states"]
         layout = self.layout_of(module, given)
         self._refuse_parallel()
-        branch = self._advance(module, given["timestep"])
-        if self.method is None or hidden.shape[0] == 0 or layout.num_tokens == 0:
-            dense = [True] * len(self.layers)
-            states = [None] * len(self.layers)
-        else:
-            dense = self._dense_layers(self._info(branch))
-            states = self._states_of(branch, layout, hidden)
+        info = self._advance(module, given["timestep"])
+        dense = [True] * len(self.layers)
+        states = [None] * len(self.layers)
+        if self.method is not None and hidden.shape[0] > 0:
+            dense = [is_dense(self.method, info, i) for i in range(len(self.layers))]
+            states = self._begin_step(info, layout, hidden)
         order = None if all(dense) else self._order(layout, hidden.device, states)
         if self.token_order is not None:
             self.token_order.set(order)
@@ -223,52 +223,52 @@ class RootHook(ModelHook):
 
     # -- steps and branches -------------------------------------------------------------------------------
 
-    def _advance(self, module: nn.Module, timestep: Tensor) -> str:
-        """Count the call; returns the key of its guidance branch."""
+    def _advance(self, module: nn.Module, timestep: Tensor) -> StepInfo:
+        """Count the call; returns where it stands."""
         value = float(timestep.max()) if timestep.numel() > 0 else math.nan
-        self.counter.advance(value)
-        at = (self.counter.video, self.counter.step)
+        counter = self.counter
+        counter.advance(value)
+        at = (counter.video, counter.step)
         if at[0] != self._at[0]:
             self.forget()
         if at != self._at:
             self._at, self._calls = at, 0
             self._caches_above = _has_stateful_hooks(module)
         self._calls += 1
-        # Without a name, the calls at one timestep are the conditional one and the unconditional one in turn.
-        return self.context.name or ("cond", "uncond")[(self._calls - 1) % 2]
+        return StepInfo(counter.step, counter.num_steps, counter.timestep, len(self.layers), self._branch())
 
-    def _info(self, branch: str) -> StepInfo:
-        parts = branch.split("_")
-        label = "cond"
-        if "uncond" in parts:
-            label = "batched" if "cond" in parts else "uncond"
-        elif "batched" in parts:
-            label = "batched"
-        counter = self.counter
-        return StepInfo(counter.step, counter.num_steps, counter.timestep, len(self.layers), label)
-
-    def _dense_layers(self, info: StepInfo) -> list[bool]:
-        return [is_dense(self.method, info, i) for i in range(len(self.layers))]
+    def _branch(self) -> str:
+        name = self.context.name
+        if name is None:
+            # The calls at one timestep are the conditional one and the unconditional one in turn.
+            return ("cond", "uncond")[(self._calls - 1) % 2]
+        parts = name.split("_")
+        if "batched" in parts or ("cond" in parts and "uncond" in parts):
+            return "batched"
+        return "uncond" if "uncond" in parts else "cond"
 
     def forget(self) -> None:
         """Void what the method learned from an earlier video, and the record of its steps."""
-        for _, states in self._states.values():
-            for state in states:
-                self.method.reset(state)
+        for state in self._states:
+            self.method.reset(state)
         for layer in self.layers:
             layer.dense_steps.clear()
             layer.sparse_steps.clear()
 
     # -- preparing the processors -------------------------------------------------------------------------
 
-    def _states_of(self, branch: str, layout: TokenLayout, hidden: Tensor) -> list[Any]:
-        signature = (layout, hidden.shape[0], hidden.device)
-        known, states = self._states.get(branch, (None, []))
-        if known != signature:
+    def _begin_step(self, info: StepInfo, layout: TokenLayout, hidden: Tensor) -> list[Any]:
+        """The layers' states, told where the sampling stands."""
+        if not self._states:
+            self._states = [self.method.new_state(i, len(self.layers)) for i in range(len(self.layers))]
+        shape = (layout, hidden.shape[0], hidden.device)
+        if shape != self._shape:
             # Another size or batch: nothing learned fits.
-            states = [self.method.new_state(i, len(self.layers)) for i in range(len(self.layers))]
-            self._states[branch] = (signature, states)
-        return states
+            for state in self._states:
+                self.method.reset(state)
+            self._shape = shape
+        begin_step(self.method, info, layout, self._states)
+        return self._states
 
     def _order(self, layout: TokenLayout, device: torch.device, states: list[Any]) -> Tensor | None:
         """The token order to run this call in, int64 ``[S]``, or None.
