@@ -1,0 +1,5 @@
+"""``python -m vdit_ext.cli``."""
+
+from .app import main
+
+main()

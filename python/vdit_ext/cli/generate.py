@@ -1,0 +1,111 @@
+"""``vdit generate``: one clip by one method, beside the dense clip of the same seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options
+from .console import Reporter, print_json
+from .errors import command, refusing
+from .files import check_file, staged_files
+
+if TYPE_CHECKING:
+    from ..compare import Request, Run, Sampler
+
+
+@command
+def generate(
+    prompt: options.Prompt,
+    out: Annotated[Path, typer.Option("--out", help="The clip, ending in .mp4; a contact sheet .png goes beside it.")],
+    method: Annotated[str, typer.Option("--method", help="svg2, draft, svg1 or dense.")] = "svg2",
+    seed: options.Seed = 0,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    no_compare: Annotated[
+        bool, typer.Option("--no-compare", help="Leave out the dense run, and with it PSNR, SSIM and its row.")
+    ] = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
+    top_p: options.TopP = None,
+    keep_ratio: options.KeepRatio = None,
+    settings: options.Setting = None,
+    model: options.Model = None,
+    size: options.Size = None,
+    frames: options.Frames = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+) -> None:
+    """Make a clip from a prompt with sparse attention.
+
+    Samples the dense clip first and the sparse one after it from the same noise, writes the sparse clip and a
+    contact sheet of both and their difference, and ends with one line: kept share of attention, PSNR and SSIM
+    against dense, seconds of both. Sampling again with the same options gives the same frames.
+    """
+    (name,) = options.check_names([method])
+    check_file(out, ".mp4")
+    request = options.request_for(prompt, seed, steps, guidance, model, size, frames)
+    given = options.settings_for(name, top_p, keep_ratio, settings)
+    reporter = Reporter(quiet)
+    sampler = options.load_sampler(model, dtype, device, reporter)
+    with refusing():
+        request = sampler.resolve(request)
+        chosen = None if name == "dense" else sampler.method(name, given)
+    run, dense = _sample(sampler, request, chosen, not no_compare, reporter)
+    sheet = out.with_suffix(".png")
+    _write(out, sheet, run, dense, sampler, request)
+    if as_json:
+        print_json(_record(run, dense, sampler, request) | {"out": str(out), "sheet": str(sheet)})
+        return
+    from .text import figures
+
+    print(figures(run, dense))
+
+
+def _sample(
+    sampler: Sampler, request: Request, method: Any, compare: bool, reporter: Reporter
+) -> tuple[Run, Run | None]:
+    """The run that was asked for and the dense one, which is the same for the method "dense"."""
+    from ..compare import run_dense, run_sparse
+
+    with reporter.bars():
+        with reporter.waiting("warming up"):
+            sampler.warm_up(request)
+        dense = None
+        if method is None or compare:
+            dense = run_dense(sampler, request, reporter.track("dense", request.steps))
+        if method is None:
+            return dense, dense
+        with refusing():
+            run = run_sparse(sampler, request, method, reporter.track(method.name, request.steps))
+    return (run if dense is None else run.against(dense)), dense
+
+
+def _write(out: Path, sheet: Path, run: Run, dense: Run | None, sampler: Sampler, request: Request) -> None:
+    from ..video import write_video
+    from .sheets import pair_sheet
+
+    picture = pair_sheet(run, dense, request, sampler)
+    with staged_files(out, sheet) as (clip_path, sheet_path):
+        write_video(clip_path, run.clip, sampler.fps)
+        picture.save(sheet_path)
+
+
+def _record(run: Run, dense: Run | None, sampler: Sampler, request: Request) -> dict[str, Any]:
+    from .machine import machine, versions
+
+    return run.record(dense) | {
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "steps": request.steps,
+        "guidance": request.guidance,
+        "model": sampler.name,
+        "frames": len(run.clip),
+        "height": run.clip.shape[1],
+        "width": run.clip.shape[2],
+        "fps": sampler.fps,
+        "machine": machine(),
+        "versions": versions(),
+    }

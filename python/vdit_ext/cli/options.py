@@ -1,0 +1,160 @@
+"""Options that several commands share, and how their values become a sampler and methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import Reporter
+from .errors import Refusal, refusing
+
+if TYPE_CHECKING:
+    from ..compare import Request, Sampler
+
+EXAMPLE = "a red disc bounces over blue stripes"
+# What `vdit_ext.sparse.METHODS` holds; written out so that a misspelt name is refused before torch is loaded.
+METHOD_NAMES = ("dense", "svg2", "svg1", "draft")
+DTYPES = ("float32", "float16", "bfloat16")
+
+Prompt = Annotated[str, typer.Option("--prompt", help=f'What to show, for the toy model as in "{EXAMPLE}".')]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the starting noise; the same for all methods.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps; the pipeline's default if left out.")]
+Guidance = Annotated[
+    float | None, typer.Option("--guidance", min=0.0, help="Classifier-free guidance scale; 1 turns it off.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no notes.")]
+Json = Annotated[bool, typer.Option("--json", help="Results as JSON on stdout, and nothing else there.")]
+
+_MODEL = "Another model"
+Model = Annotated[
+    Path | None,
+    typer.Option("--model", help="Folder of a diffusers Wan pipeline, instead of the toy model.", rich_help_panel=_MODEL),
+]
+Size = Annotated[
+    str | None, typer.Option("--size", help="Width and height, as in 832x480.", rich_help_panel=_MODEL)
+]
+Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Number of frames.", rich_help_panel=_MODEL)]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, float16 or bfloat16; by default bfloat16 on a GPU.", rich_help_panel=_MODEL),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1; by default a GPU where there is one.", rich_help_panel=_MODEL)
+]
+
+_METHOD = "Method settings"
+TopP = Annotated[
+    float | None,
+    typer.Option("--top-p", help="svg2: attention mass to keep in each row, 0 to 1.", rich_help_panel=_METHOD),
+]
+KeepRatio = Annotated[
+    float | None,
+    typer.Option("--keep-ratio", "--density", help="draft, svg1: share of attention to keep, 0 to 1.", rich_help_panel=_METHOD),
+]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any setting of the method, as in dense_step_fraction=0.2; repeatable.", rich_help_panel=_METHOD),
+]
+
+
+def check_names(names: Iterable[str]) -> list[str]:
+    """Method names, or a Refusal that lists those there are."""
+    names = [name.strip() for name in names]
+    for name in names:
+        if name not in METHOD_NAMES:
+            raise Refusal(f"method: one of {', '.join(METHOD_NAMES)} was expected, got {name!r}")
+    return names
+
+
+def settings_for(name: str, top_p: float | None, keep_ratio: float | None, assignments: list[str] | None) -> dict[str, Any]:
+    """The settings that a command line gives to one method.
+
+    ``--top-p`` and ``--keep-ratio`` reach only the methods that have them, so that several can be compared at
+    once. ``name.key=value`` reaches the method of that name, ``key=value`` every one.
+    """
+    from ..compare import DENSITY_SETTING
+
+    settings: dict[str, Any] = {}
+    if top_p is not None and name == "svg2":
+        settings["top_p"] = top_p
+    if keep_ratio is not None and name in DENSITY_SETTING:
+        settings[DENSITY_SETTING[name]] = keep_ratio
+    for assignment in assignments or ():
+        key, equals, value = assignment.partition("=")
+        if not equals or not key or not value:
+            raise Refusal(f"--set: name=value was expected, as in top_p=0.9, got {assignment!r}")
+        target, dot, rest = key.partition(".")
+        if dot and target not in METHOD_NAMES:
+            raise Refusal(f"--set: one of {', '.join(METHOD_NAMES)} was expected before the dot, got {target!r}")
+        if not dot or target == name:
+            settings[rest if dot else key] = value
+    return settings
+
+
+def request_for(
+    prompt: str,
+    seed: int,
+    steps: int | None,
+    guidance: float | None,
+    model: Path | None,
+    size: str | None = None,
+    frames: int | None = None,
+) -> Request:
+    """A checked request; whatever can be refused without loading a model is refused here."""
+    from ..compare import Request, check_toy_request
+
+    width, height = _size(size)
+    request = Request(prompt, seed, steps, guidance, height, width, frames)
+    if model is None:
+        with refusing():
+            check_toy_request(request)
+    elif not model.is_dir():
+        raise Refusal(f"--model: the folder of a diffusers pipeline was expected, there is none at {str(model)!r}")
+    return request
+
+
+def _size(size: str | None) -> tuple[int | None, int | None]:
+    if size is None:
+        return None, None
+    width, _, height = size.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise Refusal(f"--size: width and height were expected, as in 832x480, got {size!r}")
+    return int(width), int(height)
+
+
+def load_sampler(model: Path | None, dtype: str | None, device: str | None, reporter: Reporter) -> Sampler:
+    """The toy pipeline, or the one in a folder; a Refusal when it cannot be loaded or used."""
+    if model is None and (dtype is not None or device is not None):
+        raise Refusal("--dtype and --device go with --model; the toy model runs in float32 on the CPU")
+    if dtype is not None and dtype not in DTYPES:
+        raise Refusal(f"--dtype: one of {', '.join(DTYPES)} was expected, got {dtype!r}")
+    with reporter.waiting("loading the model"):
+        import torch
+
+        from ..compare import FolderSampler, ToySampler
+
+        if model is None:
+            with refusing():
+                return ToySampler.load()
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        _check_device(device)
+        with refusing(ValueError, OSError, ImportError):
+            return FolderSampler.load(
+                model, dtype=dtype or ("bfloat16" if device.startswith("cuda") else "float32"), device=device
+            )
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = "unknown"
+    if kind not in ("cpu", "cuda"):
+        raise Refusal(f"--device: cpu, cuda or cuda:N was expected, got {device!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise Refusal(f"--device: {device} was asked for, torch sees no CUDA device; `vdit doctor` says why")

@@ -1,0 +1,339 @@
+"""One clip by several methods: sampling, timing, density, and distance from the dense clip of the same seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from .video import Quality, quality
+
+Callback = Callable[[int, int], None]
+
+# The setting by which each method's share of kept pairs is chosen directly; SVG2 has none, its top_p decides.
+DENSITY_SETTING = {"draft": "keep_ratio", "svg1": "density"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to sample. None stands for the pipeline's own default.
+
+    Attributes:
+        prompt: text.
+        seed: of the starting noise, drawn on the CPU, so that every method starts from the same.
+        steps, guidance: denoising steps and classifier-free-guidance scale.
+        height, width, frames: size in pixels and number of frames; the toy model has one size only.
+    """
+
+    prompt: str
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+
+
+class Sampler(Protocol):
+    """A pipeline behind one interface.
+
+    Attributes:
+        name: what to call the model in reports.
+        model: transformer or pipeline that ``accelerate`` takes.
+        fps: frames a second of its clips.
+    """
+
+    name: str
+    model: Any
+    fps: float
+
+    def resolve(self, request: Request) -> Request:
+        """The request with steps and guidance filled in; ValueError, one sentence, for one it cannot serve."""
+
+    def sample(self, request: Request, callback: Callback | None = None) -> np.ndarray:
+        """The clip, uint8 ``[f, h, w, 3]``; ``callback(done, steps)`` after each step."""
+
+    def warm_up(self, request: Request) -> None:
+        """Pay one-time costs (memory, thread pools) that would distort the first timing."""
+
+    def method(self, name: str, settings: Mapping[str, Any]) -> Any:
+        """A method with the settings published for this model, changed by ``settings``."""
+
+
+class ToySampler:
+    """The toy model that comes with the package."""
+
+    name = "toy"
+
+    def __init__(self, pipe: Any):
+        self.pipe = pipe
+        self.model = pipe.transformer
+        self.fps = pipe.fps
+
+    @classmethod
+    def load(cls) -> ToySampler:
+        """Load the packaged weights; ValueError, one sentence, when they are missing or damaged."""
+        from . import toyworld
+
+        return cls(toyworld.load_pipeline())
+
+    def resolve(self, request: Request) -> Request:
+        from .toyworld.pipeline import DEFAULT_GUIDANCE, DEFAULT_STEPS
+
+        check_toy_request(request)
+        return dataclasses.replace(
+            request,
+            steps=DEFAULT_STEPS if request.steps is None else request.steps,
+            guidance=DEFAULT_GUIDANCE if request.guidance is None else request.guidance,
+        )
+
+    def sample(self, request: Request, callback: Callback | None = None) -> np.ndarray:
+        result = self.pipe(
+            request.prompt,
+            seed=request.seed,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            callback=callback,
+        )
+        return result.frames
+
+    def warm_up(self, request: Request) -> None:
+        self.sample(dataclasses.replace(request, steps=1))
+
+    def method(self, name: str, settings: Mapping[str, Any]) -> Any:
+        return build_method(name, ["toy"], settings)
+
+
+class FolderSampler:
+    """A diffusers text-to-video pipeline from a folder on disk."""
+
+    DEFAULT_STEPS, DEFAULT_GUIDANCE, FPS = 50, 5.0, 16
+
+    def __init__(self, pipe: Any, name: str):
+        self.pipe = self.model = pipe
+        self.name = name
+        self.fps = self.FPS
+        self.pipe.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def load(cls, folder: Path, *, dtype: str, device: str) -> FolderSampler:
+        """Load ``folder``; OSError or ValueError, one sentence, when it is no pipeline that can be accelerated."""
+        import torch
+
+        from .integrations import load_pipeline
+
+        pipe = load_pipeline(folder, dtype=getattr(torch, dtype))
+        return cls(pipe.to(device), folder.name)
+
+    def resolve(self, request: Request) -> Request:
+        return dataclasses.replace(
+            request,
+            steps=self.DEFAULT_STEPS if request.steps is None else request.steps,
+            guidance=self.DEFAULT_GUIDANCE if request.guidance is None else request.guidance,
+        )
+
+    def sample(self, request: Request, callback: Callback | None = None) -> np.ndarray:
+        import torch
+
+        size = {"height": request.height, "width": request.width, "num_frames": request.frames}
+        frames = self.pipe(
+            prompt=request.prompt,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            generator=torch.Generator().manual_seed(request.seed),
+            callback_on_step_end=_per_step(callback, request.steps),
+            output_type="np",
+            **{key: value for key, value in size.items() if value is not None},
+        ).frames[0]
+        return np.clip(np.asarray(frames) * 255 + 0.5, 0, 255).astype(np.uint8)
+
+    def warm_up(self, request: Request) -> None:
+        """Nothing: one step of a full-size model takes longer than what it would hide."""
+
+    def method(self, name: str, settings: Mapping[str, Any]) -> Any:
+        return build_method(name, _presets_like(self.pipe.transformer), settings)
+
+
+def _per_step(callback: Callback | None, total: int):
+    if callback is None:
+        return None
+
+    def on_step_end(_pipe, step, _timestep, kwargs):
+        callback(step + 1, total)
+        return kwargs
+
+    return on_step_end
+
+
+def check_toy_request(request: Request) -> None:
+    """Raise ValueError, in one sentence, for a prompt or a size that the toy model does not have."""
+    from .toyworld import captions
+
+    captions.parse(request.prompt)
+    for field in ("height", "width", "frames"):
+        if getattr(request, field) is not None:
+            raise ValueError(
+                f"{field}: the toy model makes clips of 16 frames of 96 by 96 pixels only, got "
+                f"{getattr(request, field)}; leave it out, or name another model"
+            )
+
+
+def _presets_like(transformer: Any) -> list[str]:
+    """Names of the published shapes with this transformer's heads, head size and layers."""
+    from .sparse.shapes import SHAPES
+
+    config = transformer.config
+    shape = (config.num_attention_heads, config.attention_head_dim, config.num_layers)
+    return [name for name, s in SHAPES.items() if (s.heads, s.head_dim, s.layers) == shape]
+
+
+def build_method(name: str, presets: list[str], settings: Mapping[str, Any]) -> Any:
+    """A sparse method by name.
+
+    Args:
+        name: a key of :data:`vdit_ext.sparse.METHODS`.
+        presets: the first of these that the method knows gives the settings; its own defaults when none does.
+        settings: what to change; strings are read as the setting's own type.
+
+    Raises:
+        ValueError: one sentence, for an unknown name or setting, or a value out of range.
+    """
+    from .sparse import METHODS
+
+    if name not in METHODS:
+        raise ValueError(f"method: one of {', '.join(METHODS)} was expected, got {name!r}")
+    factory = METHODS[name]
+    method = None
+    for preset in presets:
+        try:
+            method = factory.preset(preset)
+            break
+        except ValueError:
+            continue
+    method = factory() if method is None else method
+    known = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
+    changes = {}
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(
+                f"{name}: a setting was expected ({', '.join(known) or 'it has none'}), got {key!r}"
+            )
+        changes[key] = _typed(name, key, value, known[key])
+    return dataclasses.replace(method, **changes)
+
+
+def _typed(method: str, key: str, value: Any, current: Any) -> Any:
+    """Read a command line's string as the type that the setting has now."""
+    if not isinstance(value, str) or isinstance(current, str):
+        return value
+    words = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return words[value.lower()]
+    try:
+        if isinstance(current, int) and not isinstance(current, bool):
+            return int(value)
+        if isinstance(current, tuple):
+            return tuple(int(part) for part in value.replace("x", ",").split(","))
+        return float(value)
+    except ValueError:
+        kind = "numbers such as 8,16" if isinstance(current, tuple) else "a number"
+        raise ValueError(f"{method}: {key} must be {kind}, got {value!r}") from None
+
+
+def settings_of(method: Any) -> dict[str, Any]:
+    """A method's settings as plain data for JSON."""
+    if method is None or not dataclasses.is_dataclass(method):
+        return {}
+    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    return {k: v if isinstance(v, (bool, int, float, str, type(None))) else _plain(v) for k, v in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (tuple, list)) else str(value)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sampled clip and what it cost.
+
+    Attributes:
+        method: name, "dense" for the pipeline as it is.
+        settings: of the method, plain data.
+        clip: uint8 ``[f, h, w, 3]``.
+        seconds: wall clock of the sampling, decoding included, loading not.
+        density: mean kept share of query-key pairs in the calls that were sparse; None when none was.
+        density_overall: attention work done over that of dense attention, dense steps and layers counted in.
+        quality: against the dense clip; None when there is none to compare with.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    clip: np.ndarray
+    seconds: float
+    density: float | None
+    density_overall: float
+    quality: Quality | None = None
+
+    def against(self, dense: Run) -> Run:
+        """This run with its quality measured against a dense one."""
+        return dataclasses.replace(self, quality=quality(self.clip, dense.clip))
+
+    def record(self, dense: Run | None = None) -> dict[str, Any]:
+        """The figures as plain data for JSON.
+
+        ``psnr`` is null where there is nothing to compare with and where the clips are identical, which
+        ``identical`` tells apart, since JSON has no infinity.
+        """
+        q = self.quality
+        return {
+            "method": self.method,
+            "density": self.density,
+            "density_overall": self.density_overall,
+            "psnr": None if q is None or math.isinf(q.psnr) else q.psnr,
+            "ssim": None if q is None else q.ssim,
+            "identical": None if q is None else q.identical,
+            "seconds": self.seconds,
+            "seconds_dense": None if dense is None else dense.seconds,
+            "speedup": None if dense is None else dense.seconds / self.seconds,
+            "settings": self.settings,
+            "frames_sha256": hashlib.sha256(np.ascontiguousarray(self.clip).tobytes()).hexdigest(),
+        }
+
+
+def run_dense(sampler: Sampler, request: Request, callback: Callback | None = None) -> Run:
+    """Sample with the pipeline as it is."""
+    start = time.perf_counter()
+    clip = sampler.sample(request, callback)
+    seconds = time.perf_counter() - start
+    return Run("dense", {}, clip, seconds, 1.0, 1.0, Quality(math.inf, 1.0, True))
+
+
+def run_sparse(sampler: Sampler, request: Request, method: Any, callback: Callback | None = None) -> Run:
+    """Sample with a sparse method, and leave the pipeline as it was.
+
+    Raises:
+        ValueError, TypeError: one sentence, when the model cannot be accelerated.
+    """
+    from .integrations import accelerate
+
+    with accelerate(sampler.model, sparse=method, num_inference_steps=request.steps) as handle:
+        start = time.perf_counter()
+        clip = sampler.sample(request, callback)
+        seconds = time.perf_counter() - start
+        stats = handle.stats()
+    full = stats["dense_attention_flops"]
+    return Run(
+        method.name,
+        settings_of(method),
+        clip,
+        seconds,
+        None if math.isnan(stats["density"]) else stats["density"],
+        stats["attention_flops"] / full if full else 1.0,
+    )
