@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -337,3 +337,11 @@ def run_sparse(sampler: Sampler, request: Request, method: Any, callback: Callba
         None if math.isnan(stats["density"]) else stats["density"],
         stats["attention_flops"] / full if full else 1.0,
     )
+
+
+def check_methods(sampler: Sampler, request: Request, methods: Iterable[Any]) -> None:
+    """Raise ValueError, in one sentence, when a method cannot serve this model; nothing is sampled."""
+    from .integrations import accelerate
+
+    for method in methods:
+        accelerate(sampler.model, sparse=method, num_inference_steps=request.steps).undo()

@@ -20,6 +20,7 @@ app = typer.Typer(
     help="Sparse attention for video diffusion transformers: make clips, compare methods, measure, look into the "
     "installation. Without --model, everything runs on the toy model that comes with the package.",
     epilog=EXIT_CODES,
+    rich_markup_mode="markdown",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -68,11 +68,12 @@ def _sample(
     sampler: Sampler, request: Request, method: Any, compare: bool, reporter: Reporter
 ) -> tuple[Run, Run | None]:
     """The run that was asked for and the dense one, which is the same for the method "dense"."""
-    from ..compare import run_dense, run_sparse
+    from ..compare import check_methods, run_dense, run_sparse
 
+    with refusing():
+        check_methods(sampler, request, [] if method is None else [method])
     with reporter.bars():
-        with reporter.waiting("warming up"):
-            sampler.warm_up(request)
+        sampler.warm_up(request)
         dense = None
         if method is None or compare:
             dense = run_dense(sampler, request, reporter.track("dense", request.steps))

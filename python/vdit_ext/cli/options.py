@@ -140,14 +140,15 @@ def load_sampler(model: Path | None, dtype: str | None, device: str | None, repo
             with refusing():
                 return ToySampler.load()
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        _check_device(device)
+        check_device(device)
         with refusing(ValueError, OSError, ImportError):
             return FolderSampler.load(
                 model, dtype=dtype or ("bfloat16" if device.startswith("cuda") else "float32"), device=device
             )
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """A Refusal for a device that is neither here nor one of ours."""
     import torch
 
     try:

@@ -1,0 +1,143 @@
+"""``vdit compare``: one prompt by several methods, as a table, a contact sheet and a report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options
+from .console import Reporter, print_json, stderr, stdout
+from .errors import Refusal, command, refusing
+from .files import check_folder, staged_folder
+
+if TYPE_CHECKING:
+    from ..compare import Request, Run, Sampler
+
+Methods = Annotated[str, typer.Option("--methods", help="Names separated by commas; dense always runs, first.")]
+
+
+@command
+def compare(
+    prompt: options.Prompt = options.EXAMPLE,
+    methods: Methods = "dense,draft,svg1,svg2",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for report.html, sheet.png, results.json and a clip each.")
+    ] = None,
+    seed: options.Seed = 0,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
+    top_p: options.TopP = None,
+    keep_ratio: options.KeepRatio = None,
+    settings: options.Setting = None,
+    model: options.Model = None,
+    size: options.Size = None,
+    frames: options.Frames = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+) -> None:
+    """Compare methods on one prompt: density, PSNR and SSIM against dense, seconds.
+
+    --json prints a list of objects with method, density, density_overall, psnr, ssim, identical, seconds,
+    speedup and settings. psnr is null where identical is true, since JSON has no infinity. With --set, write
+    svg2.top_p=0.8 to reach one method.
+    """
+    names = split_methods(methods)
+    if out is not None:
+        check_folder(out)
+    request = options.request_for(prompt, seed, steps, guidance, model, size, frames)
+    given = {name: options.settings_for(name, top_p, keep_ratio, settings) for name in names}
+    reporter = Reporter(quiet)
+    sampler = options.load_sampler(model, dtype, device, reporter)
+    with refusing():
+        request = sampler.resolve(request)
+        chosen = [sampler.method(name, given[name]) for name in names if name != "dense"]
+    runs = sample_all(sampler, request, chosen, reporter)
+    if out is not None:
+        _write(out, runs, request, sampler)
+    if as_json:
+        print_json([run.record(runs[0]) for run in runs])
+        return
+    stdout().print(table(runs))
+    if out is not None and not quiet:
+        stderr().print(f"Report: {out / 'report.html'}", soft_wrap=True)
+
+
+def split_methods(methods: str) -> list[str]:
+    """Names in the order given, dense first whether named or not; a Refusal for unknown or repeated ones."""
+    names = options.check_names(methods.split(","))
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise Refusal(f"--methods: each name was expected once, got {', '.join(repeated)} more than once")
+    return ["dense", *(name for name in names if name != "dense")]
+
+
+def sample_all(sampler: Sampler, request: Request, methods: list[Any], reporter: Reporter) -> list[Run]:
+    """The dense run, then one for each method, measured against it."""
+    from ..compare import check_methods, run_dense, run_sparse
+
+    with refusing():
+        check_methods(sampler, request, methods)
+    with reporter.bars():
+        sampler.warm_up(request)
+        dense = run_dense(sampler, request, reporter.track("dense", request.steps))
+        runs = [dense]
+        for method in methods:
+            with refusing():
+                run = run_sparse(sampler, request, method, reporter.track(method.name, request.steps))
+            runs.append(run.against(dense))
+    return runs
+
+
+def table(runs: list[Run]):
+    """The rich table of a comparison."""
+    from rich.table import Table
+
+    from . import text
+
+    result = Table(title_justify="left")
+    result.add_column("method")
+    for column in ("kept in sparse steps", "kept overall", "PSNR, dB", "SSIM", "seconds", "speedup"):
+        result.add_column(column, justify="right")
+    dense = runs[0]
+    for run in runs:
+        result.add_row(
+            run.method,
+            text.percent(run.density),
+            text.percent(run.density_overall),
+            text.psnr(run.quality),
+            text.ssim(run.quality),
+            f"{run.seconds:.2f}",
+            f"{dense.seconds / run.seconds:.2f}x",
+        )
+    return result
+
+
+def _write(out: Path, runs: list[Run], request: Request, sampler: Sampler) -> None:
+    from ..video import write_video
+    from .machine import machine, versions
+    from .report import html_report
+    from .sheets import many_sheet
+
+    about = {
+        "prompt": request.prompt,
+        "model": sampler.name,
+        "seed": request.seed,
+        "steps": request.steps,
+        "guidance": request.guidance,
+        "machine": machine(),
+        "versions": versions(),
+    }
+    with staged_folder(out) as folder:
+        for run in runs:
+            write_video(folder / f"{run.method}.mp4", run.clip, sampler.fps)
+        many_sheet(runs, request, sampler).save(folder / "sheet.png")
+        results = about | {"results": [run.record(runs[0]) for run in runs]}
+        (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+        clips = {run.method: (folder / f"{run.method}.mp4").read_bytes() for run in runs}
+        page = html_report(runs, about, clips, (folder / "sheet.png").read_bytes())
+        (folder / "report.html").write_text(page, encoding="utf-8")
