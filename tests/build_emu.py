@@ -36,7 +36,9 @@ def build_emulator(sanitize: str = "") -> Path:
         raise EmulatorUnavailable(f'{error.name} is not installed; pip install ".[test]"') from error
     includes = cuda_include_dirs()
     if not includes:
-        raise EmulatorUnavailable("no CUDA headers were found; install nvidia-cuda-runtime and nvidia-cuda-cccl")
+        raise EmulatorUnavailable(
+            "no CUDA headers were found; install nvidia-cuda-runtime and nvidia-cuda-cccl"
+        )
     folder = build_folder(sanitize)
     configure = [
         "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja",

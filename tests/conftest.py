@@ -13,8 +13,9 @@ TESTS = Path(__file__).resolve().parent
 if str(TESTS) not in sys.path:
     sys.path.insert(0, str(TESTS))  # cases/ and the helpers are shared between folders and with bench/
 
-import vdit_ext  # noqa: E402, F401  loads the op libraries
 from build_emu import EmulatorUnavailable, build_emulator  # noqa: E402
+
+import vdit_ext  # noqa: E402  loads the op libraries
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+
 import vdit_ext
 
 ROOT = Path(vdit_ext.__file__).parent

@@ -17,8 +17,14 @@ from .video import Quality, quality
 
 Callback = Callable[[int, int], None]
 
-# The setting by which each method's share of kept pairs is chosen directly; SVG2 has none, its top_p decides.
-DENSITY_SETTING = {"draft": "keep_ratio", "svg1": "density"}
+def keep_settings(name: str, share: float) -> dict[str, float]:
+    """The setting that makes a method keep a share (0 to 1) of attention; empty for those that have none.
+
+    SVG2 has none: its ``top_p`` bounds the attention mass, and the share follows from the clip.
+    """
+    if name == "draft":
+        return {"sparsity": round(1 - share, 9)}
+    return {"density": share} if name == "svg1" else {}
 
 
 @dataclass(frozen=True)

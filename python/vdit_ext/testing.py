@@ -44,7 +44,9 @@ def difference(actual: Tensor, expected: Tensor) -> Difference:
     return Difference(absolute, absolute / max(float(e.abs().max()), 1e-30), cosine, worst)
 
 
-def assert_close(actual: Tensor, expected: Tensor, *, tolerance: float | None = None, what: str = "result") -> None:
+def assert_close(
+    actual: Tensor, expected: Tensor, *, tolerance: float | None = None, what: str = "result"
+) -> None:
     """Fail with absolute, relative and cosine error and the worst index unless the two agree.
 
     Args:
@@ -52,12 +54,16 @@ def assert_close(actual: Tensor, expected: Tensor, *, tolerance: float | None = 
             assumed for it, so that a result near 0 is not held to its own noise); by default by the dtype of
             ``actual``. Non-finite entries must agree exactly in kind and place.
     """
-    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert actual.shape == expected.shape, (
+        f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
     tolerance = TOLERANCE.get(actual.dtype, 0.0) if tolerance is None else tolerance
     a, e = actual.detach().cpu(), expected.detach().cpu()
     for name, kind in (("NaN", torch.isnan), ("+Inf", torch.isposinf), ("-Inf", torch.isneginf)):
         wrong = kind(a.double()) != kind(e.double())
-        assert not wrong.any(), f"{what}: {name} disagrees at {wrong.nonzero()[0].tolist()} ({int(wrong.sum())} entries)"
+        assert not wrong.any(), (
+            f"{what}: {name} disagrees at {wrong.nonzero()[0].tolist()} ({int(wrong.sum())} entries)"
+        )
     gap = difference(a, e)
     finite = e.double()[e.double().isfinite()]
     bound = tolerance * max(1.0, float(finite.abs().max()) if finite.numel() else 1.0)

@@ -137,8 +137,22 @@ corner = [
     C("every_other_row_empty", seqlen_q=384, seqlen_kv=384, empty_rows=True),
     C("one_query_many_keys", seqlen_q=1, seqlen_kv=777, density=0.6),
     C("many_queries_one_key", seqlen_q=300, seqlen_kv=1, density=1.0),
-    C("giant_and_empty_clusters", seqlen_q=403, seqlen_kv=500, q_block=(0, 400, 0, 2, 1, 0), kv_block=(1, 0, 480, 0, 19)),
-    C("listed_blocks_all_empty", seqlen_q=64, seqlen_kv=64, q_block=64, kv_block=(0, 64, 0, 0), density=0.25, seed=2),
+    C(
+        "giant_and_empty_clusters",
+        seqlen_q=403,
+        seqlen_kv=500,
+        q_block=(0, 400, 0, 2, 1, 0),
+        kv_block=(1, 0, 480, 0, 19),
+    ),
+    C(
+        "listed_blocks_all_empty",
+        seqlen_q=64,
+        seqlen_kv=64,
+        q_block=64,
+        kv_block=(0, 64, 0, 0),
+        density=0.25,
+        seed=2,
+    ),
     C("clusters_of_one", seqlen_q=40, seqlen_kv=37, q_block=(1,) * 40, kv_block=(1,) * 37, density=0.3),
     C("large_scale", seqlen_q=130, seqlen_kv=190, q_block=64, kv_block=64, scale=3.0, density=1.0),
 ]
@@ -149,8 +163,22 @@ ragged = [
     C("q_64_kv_128", seqlen_q=200, seqlen_kv=450, q_block=64, kv_block=128, density=0.5),
     C("q_128_kv_64", seqlen_q=450, seqlen_kv=200, q_block=128, kv_block=64, density=0.5),
     C("variable_both", batch=2, heads=3, seqlen_q=611, seqlen_kv=733, q_block="random:9", kv_block="random:23"),
-    C("variable_keys_uniform_queries", seqlen_q=300, seqlen_kv=417, q_block=128, kv_block="random:31", density=0.4),
-    C("uniform_keys_variable_queries", seqlen_q=300, seqlen_kv=417, q_block="random:7", kv_block=64, density=0.4),
+    C(
+        "variable_keys_uniform_queries",
+        seqlen_q=300,
+        seqlen_kv=417,
+        q_block=128,
+        kv_block="random:31",
+        density=0.4,
+    ),
+    C(
+        "uniform_keys_variable_queries",
+        seqlen_q=300,
+        seqlen_kv=417,
+        q_block="random:7",
+        kv_block=64,
+        density=0.4,
+    ),
     C("sliced_view", layout="sliced", batch=2, seqlen_q=190, seqlen_kv=190, q_block=64, kv_block=64),
     C("head_dim_96", head_dim=96, seqlen_q=213, seqlen_kv=345, q_block="random:5", kv_block="random:11"),
     C("head_dim_128", head_dim=128, seqlen_q=213, seqlen_kv=345, q_block="random:5", kv_block="random:11"),
@@ -178,13 +206,28 @@ def perf(seqlen: int = 8192, heads: int = 8) -> list[AttentionCase]:
         for density in (0.1, 0.25, 0.5):
             name = f"d{dim}_b64_rho{density}"
             cases.append(
-                C(name, heads=heads, seqlen_q=seqlen, seqlen_kv=seqlen, head_dim=dim, density=density, q_block=64, kv_block=64)
+                C(
+                    name,
+                    heads=heads,
+                    seqlen_q=seqlen,
+                    seqlen_kv=seqlen,
+                    head_dim=dim,
+                    density=density,
+                    q_block=64,
+                    kv_block=64,
+                )
             )
             name = f"d{dim}_var100x500_rho{density}"
             cases.append(
                 C(
-                    name, heads=heads, seqlen_q=seqlen, seqlen_kv=seqlen, head_dim=dim, density=density,
-                    q_block="random:100", kv_block="random:500",
+                    name,
+                    heads=heads,
+                    seqlen_q=seqlen,
+                    seqlen_kv=seqlen,
+                    head_dim=dim,
+                    density=density,
+                    q_block="random:100",
+                    kv_block="random:500",
                 )
             )
     return cases

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 import vdit_ext
 
 INSTALLED = vdit_ext.ops.library_dir().parent

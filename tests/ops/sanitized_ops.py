@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cases import attention as cases  # noqa: E402
+from cases import attention as cases
 
 
 def main(library: str) -> None:
@@ -20,7 +20,9 @@ def main(library: str) -> None:
         out, lse = ops.block_sparse_attention(*inputs.args, **inputs.kwargs)
         ops.merge_attention(out, lse, out, lse)
         x = inputs.k
-        ops.mean_pool_blocks(x, offsets=inputs.kwargs["kv_offsets"], block_size=inputs.kwargs.get("kv_block_size", 128))
+        ops.mean_pool_blocks(
+            x, offsets=inputs.kwargs["kv_offsets"], block_size=inputs.kwargs.get("kv_block_size", 128)
+        )
         centroids = x[:, :, : max(1, x.shape[2] // 9)].contiguous()
         labels = ops.kmeans_assign(x, centroids)
         sorted_idx, offsets = ops.label_sort(labels, centroids.shape[2])

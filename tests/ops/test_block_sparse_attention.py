@@ -18,7 +18,11 @@ LSE_TOLERANCE = 1e-5
 
 
 def dtypes_of(backend):
-    return (torch.float16, torch.bfloat16) if backend.is_cuda_code else (torch.float32, torch.float16, torch.bfloat16)
+    return (
+        (torch.float16, torch.bfloat16)
+        if backend.is_cuda_code
+        else (torch.float32, torch.float16, torch.bfloat16)
+    )
 
 
 def run(backend, inputs):
@@ -73,7 +77,9 @@ def test_empty_row_gives_zero_and_minus_infinity(backend):
     assert (out == 0).all() and (lse == -torch.inf).all()
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 64, 64), (1, 0, 64, 64), (1, 2, 0, 64)], ids=["batch", "heads", "tokens"])
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 64, 64), (1, 0, 64, 64), (1, 2, 0, 64)], ids=["batch", "heads", "tokens"]
+)
 def test_empty_tensors(backend, shape):
     q = torch.empty(shape, dtype=torch.bfloat16, device=backend.device)
     nq = -(-shape[2] // 128)
@@ -121,12 +127,16 @@ def rows_that_see(inputs, head, key):
     from vdit_ext.ops.attention import block_bounds, mask_from_lists
 
     b, h, sq, _ = inputs.q.shape
-    kv_bounds = block_bounds(inputs.kwargs["kv_offsets"], inputs.kwargs.get("kv_block_size", 0), inputs.k.shape[2], 0, head)
+    kv_bounds = block_bounds(
+        inputs.kwargs["kv_offsets"], inputs.kwargs.get("kv_block_size", 0), inputs.k.shape[2], 0, head
+    )
     q_bounds = block_bounds(inputs.kwargs["q_offsets"], inputs.kwargs.get("q_block_size", 0), sq, 0, head)
     mask = mask_from_lists(inputs.kv_num_blocks, inputs.kv_indices, len(kv_bounds))
     rows = torch.zeros(b, h, sq, dtype=torch.bool)
     for i, (start, end) in enumerate(q_bounds):
-        rows[0, head, start:end] = any(mask[0, head, i, j] and s <= key < e for j, (s, e) in enumerate(kv_bounds))
+        rows[0, head, start:end] = any(
+            mask[0, head, i, j] and s <= key < e for j, (s, e) in enumerate(kv_bounds)
+        )
     return rows
 
 
@@ -246,7 +256,9 @@ REFUSALS = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refuses(backend, name):
-    if backend.name == "cuda" and name.startswith(("index", "count", "offsets_start", "offsets_fall", "offsets_end")):
+    if backend.name == "cuda" and name.startswith(
+        ("index", "count", "offsets_start", "offsets_fall", "offsets_end")
+    ):
         pytest.skip("cuda: list contents are checked with VDIT_CHECK_PLANS=1 only; they would need a host sync")
     match, edit = REFUSALS[name]
     refuse(backend, match, edit=edit)
@@ -254,7 +266,9 @@ def test_refuses(backend, name):
 
 def test_refuses_head_dim(backend):
     inputs = simple(dim=72 if backend.is_cuda_code else 260)
-    expected = "64, 96 or 128 on CUDA, got 72" if backend.is_cuda_code else "a multiple of 8 up to 256 on CPU, got 260"
+    expected = (
+        "64, 96 or 128 on CUDA, got 72" if backend.is_cuda_code else "a multiple of 8 up to 256 on CPU, got 260"
+    )
     with pytest.raises(RuntimeError, match=f"head_dim must be {expected}"):
         run(backend, inputs)
 
@@ -292,7 +306,9 @@ def test_compiles_whole_with_dynamic_shapes():
     torch._dynamo.reset()
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (200, 333, 512):
-        inputs = cases.make_attention(cases.C("dyn", seqlen_q=length, seqlen_kv=length + 7, density=0.7), torch.float32)
+        inputs = cases.make_attention(
+            cases.C("dyn", seqlen_q=length, seqlen_kv=length + 7, density=0.7), torch.float32
+        )
         pair = (inputs.args, inputs.kwargs)
         for got, expected in zip(compiled(pair), attend(pair), strict=True):
             assert torch.equal(got, expected)
@@ -304,7 +320,9 @@ def test_64_bit_offsets_symbolically():
         q = torch.empty(1, 119_056, 24, 128 * 8, dtype=torch.bfloat16).transpose(1, 2)
         nq = -(-119_056 // 128)
         counts = torch.empty(1, 24, nq, dtype=torch.int32)
-        out, lse = torch.ops.vdit.block_sparse_attention(q, q, q, counts, torch.empty(1, 24, nq, nq, dtype=torch.int32))
+        out, lse = torch.ops.vdit.block_sparse_attention(
+            q, q, q, counts, torch.empty(1, 24, nq, nq, dtype=torch.int32)
+        )
     assert q.numel() > 2**31 and out.shape == q.shape and lse.shape == (1, 24, 119_056)
     assert out.stride() == q.stride()
 
@@ -320,5 +338,7 @@ def test_64_bit_offsets_for_real_on_cpu():
     k.copy_(torch.randn(1, heads, length, dim, generator=generator(2)))
     one = torch.ones(1, 1, 1, dtype=torch.int32)
     out, _ = torch.ops.vdit.block_sparse_attention(q, k, k, one, torch.zeros_like(one)[..., None])
-    expected, _ = block_sparse_attention_naive(q, k.contiguous(), k.contiguous(), one, torch.zeros_like(one)[..., None])
+    expected, _ = block_sparse_attention_naive(
+        q, k.contiguous(), k.contiguous(), one, torch.zeros_like(one)[..., None]
+    )
     assert_close(out, expected)

@@ -56,7 +56,11 @@ def test_permute_rows_layouts(backend):
 def test_permute_rows_gathers_repeats_and_subsets(backend):
     x, index = on(backend, rows(1, 2, 10, 64), torch.tensor([[[9, 9, 0]]], dtype=torch.int32))
     out = backend.ops.permute_rows(x, index)
-    assert out.shape == (1, 2, 3, 64) and torch.equal(out[:, :, 0], x[:, :, 9]) and torch.equal(out[:, :, 2], x[:, :, 0])
+    assert (
+        out.shape == (1, 2, 3, 64)
+        and torch.equal(out[:, :, 0], x[:, :, 9])
+        and torch.equal(out[:, :, 2], x[:, :, 0])
+    )
 
 
 def test_permute_rows_empty(backend):
@@ -68,7 +72,9 @@ def test_permute_rows_refuses(backend):
     x, index = on(backend, rows(1, 2, 10, 64), permutation(1, 2, 10))
     with pytest.raises(RuntimeError, match="permute_rows: index must be int32, got int64"):
         backend.ops.permute_rows(x, index.long())
-    with pytest.raises(RuntimeError, match="unpermute_rows: index must have one entry for each of the 10 rows, got 9"):
+    with pytest.raises(
+        RuntimeError, match="unpermute_rows: index must have one entry for each of the 10 rows, got 9"
+    ):
         backend.ops.unpermute_rows(x, index[..., :9])
     if backend.name == "cuda":
         return
@@ -170,7 +176,9 @@ def test_label_sort_is_stable_and_exact(backend, n, c):
 
 
 def test_label_sort_empty(backend):
-    sorted_idx, offsets = backend.ops.label_sort(torch.zeros(1, 2, 0, dtype=torch.int32, device=backend.device), 4)
+    sorted_idx, offsets = backend.ops.label_sort(
+        torch.zeros(1, 2, 0, dtype=torch.int32, device=backend.device), 4
+    )
     assert sorted_idx.shape == (1, 2, 0) and offsets.tolist() == [[[0] * 5] * 2]
 
 
@@ -196,7 +204,9 @@ def test_segment_mean(backend, dtype, dim, n, c):
     out = backend.ops.segment_mean(*on(backend, x, sorted_idx, offsets, fallback))
     expected = defs.segment_mean_naive(x, sorted_idx, offsets, fallback)
     assert out.dtype == dtype
-    assert_close(out, expected, tolerance={torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype])
+    assert_close(
+        out, expected, tolerance={torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    )
     assert torch.equal(out[:, :, -1].cpu(), fallback[:, :, -1]), "an empty segment takes the fallback"
     again = backend.ops.segment_mean(*on(backend, x, sorted_idx, offsets, fallback))
     assert torch.equal(out, again), "equal inputs give equal bits"
@@ -256,7 +266,9 @@ def check_topp(backend, scores, p, weights, min_blocks):
     heaviest_out = torch.where(keep, -torch.inf, mass).amax(-1)
     assert (heaviest_out <= lightest * (1 + 1e-5) + 1e-12).all()
     total = mass.sum(-1)
-    assert ((kept.sum(-1) > p - 1e-5) | (total == 0) | (counts == scores.shape[-1])).all(), "kept mass exceeds p"
+    assert ((kept.sum(-1) > p - 1e-5) | (total == 0) | (counts == scores.shape[-1])).all(), (
+        "kept mass exceeds p"
+    )
     free = counts > floor
     assert ((kept.sum(-1) - lightest <= p + 1e-5) | ~free).all(), "without the last one it would not"
     return counts
@@ -266,7 +278,9 @@ def check_topp(backend, scores, p, weights, min_blocks):
 @pytest.mark.parametrize("nq,nkv", [(1, 1), (5, 40), (9, 300), (2, 1700)])
 def test_topp_blocks(backend, weighted, nq, nkv):
     scores = scores_of(2, 2, nq, nkv)
-    weights = torch.randint(0, 200, (2, 2, nkv), generator=generator(1), dtype=torch.int32) if weighted else None
+    weights = (
+        torch.randint(0, 200, (2, 2, nkv), generator=generator(1), dtype=torch.int32) if weighted else None
+    )
     for p in (0.0, 0.5, 0.9, 0.999):
         for min_blocks in (0, 3, nkv // 10):
             check_topp(backend, scores, p, weights, min_blocks)
@@ -308,8 +322,12 @@ def test_topk_and_topp_refuse(backend):
         backend.ops.topk_blocks(scores.bfloat16(), 1)
     with pytest.raises(RuntimeError, match="topp_blocks: p must be at least 0, got -0.5"):
         backend.ops.topp_blocks(scores, -0.5)
-    with pytest.raises(RuntimeError, match="topp_blocks: weights must have one entry for each of the 5 key blocks"):
-        backend.ops.topp_blocks(scores, 0.5, weights=torch.ones(1, 1, 4, dtype=torch.int32, device=scores.device))
+    with pytest.raises(
+        RuntimeError, match="topp_blocks: weights must have one entry for each of the 5 key blocks"
+    ):
+        backend.ops.topp_blocks(
+            scores, 0.5, weights=torch.ones(1, 1, 4, dtype=torch.int32, device=scores.device)
+        )
 
 
 def test_empty_maps(backend):
@@ -338,7 +356,9 @@ def test_sort_then_mean_is_a_partition(backend, seed, n, c):
     sorted_idx, offsets = backend.ops.label_sort(*on(backend, labels), c)
     assert torch.equal(sorted_idx.cpu().sort(-1).values, torch.arange(n, dtype=torch.int32).expand(1, 2, -1))
     x = torch.randn(1, 2, n, 64, generator=gen)
-    means = backend.ops.segment_mean(*on(backend, x), sorted_idx, offsets, torch.zeros(1, 2, c, 64, device=backend.device))
+    means = backend.ops.segment_mean(
+        *on(backend, x), sorted_idx, offsets, torch.zeros(1, 2, c, 64, device=backend.device)
+    )
     sizes = offsets.diff(dim=-1)[..., None]
     assert_close((means * sizes).sum(2).cpu(), x.sum(2), tolerance=1e-5)
 
@@ -372,7 +392,13 @@ def test_planner_compiles_whole_with_dynamic_shapes():
         means = torch.ops.vdit.segment_mean(x, sorted_idx, offsets, centroids)
         pooled = torch.ops.vdit.mean_pool_blocks(x, offsets=offsets)
         lists = torch.ops.vdit.topp_blocks(scores, 0.8, weights=offsets.diff(dim=-1))
-        return torch.ops.vdit.permute_rows(x, sorted_idx), means, pooled, *lists, *torch.ops.vdit.topk_blocks(scores, 3)
+        return (
+            torch.ops.vdit.permute_rows(x, sorted_idx),
+            means,
+            pooled,
+            *lists,
+            *torch.ops.vdit.topk_blocks(scores, 3),
+        )
 
     torch._dynamo.reset()
     compiled = torch.compile(plan, fullgraph=True, dynamic=True, backend="aot_eager")

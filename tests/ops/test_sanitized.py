@@ -16,7 +16,9 @@ def test_emulated_kernels_are_clean_under_address_sanitizer():
         library = build_emulator(sanitize="address")
     except EmulatorUnavailable as reason:
         pytest.skip(f"emulator: {reason}")
-    runtime = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    runtime = subprocess.run(
+        ["c++", "-print-file-name=libasan.so"], capture_output=True, text=True
+    ).stdout.strip()
     if not Path(runtime).is_file():
         pytest.skip("AddressSanitizer: this compiler comes without libasan")
     env = {

@@ -26,7 +26,18 @@ def wheel(tmp_path_factory) -> Path:
     """A wheel without CUDA: with it the same files are built by the installation that these tests run on."""
     pytest.importorskip("scikit_build_core", reason='scikit-build-core is not installed; pip install ".[test]"')
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(ROOT),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "VDIT_CUDA": "OFF"})
     assert done.returncode == 0, done.stderr[-4000:]
     (built,) = folder.glob("*.whl")
@@ -51,6 +62,8 @@ def test_wheel_runs_without_a_compiler(wheel, tmp_path):
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)]
     subprocess.run(command, check=True, capture_output=True)
     no_tools = {**os.environ, "PYTHONPATH": str(target), "PATH": str(tmp_path / "nothing")}
-    done = subprocess.run([sys.executable, "-c", RUNS_AN_OP], capture_output=True, text=True, env=no_tools, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", RUNS_AN_OP], capture_output=True, text=True, env=no_tools, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert str(target) in done.stdout and "loaded []" in done.stdout

@@ -143,10 +143,11 @@ class _Variant:
 
 
 def _variant(sampler: Sampler, name: str, given: dict[str, Any], value: float) -> _Variant:
-    from ..compare import DENSITY_SETTING
+    from ..compare import keep_settings
 
-    knob = DENSITY_SETTING.get(name, "top_p")
-    return _Variant(name, knob, value, sampler.method(name, given | {knob: value}))
+    settings = {"top_p": value} if name == "svg2" else keep_settings(name, value)
+    knob = "top_p" if name == "svg2" else "keep_ratio"
+    return _Variant(name, knob, value, sampler.method(name, given | settings))
 
 
 def _measure(

@@ -75,13 +75,13 @@ def settings_for(name: str, top_p: float | None, keep_ratio: float | None, assig
     ``--top-p`` and ``--keep-ratio`` reach only the methods that have them, so that several can be compared at
     once. ``name.key=value`` reaches the method of that name, ``key=value`` every one.
     """
-    from ..compare import DENSITY_SETTING
+    from ..compare import keep_settings
 
     settings: dict[str, Any] = {}
     if top_p is not None and name == "svg2":
         settings["top_p"] = top_p
-    if keep_ratio is not None and name in DENSITY_SETTING:
-        settings[DENSITY_SETTING[name]] = keep_ratio
+    if keep_ratio is not None:
+        settings |= keep_settings(name, keep_ratio)
     for assignment in assignments or ():
         key, equals, value = assignment.partition("=")
         if not equals or not key or not value:

@@ -394,7 +394,9 @@ def topk_blocks(
 
 
 def _fake_lists(scores):
-    return scores.new_empty(scores.shape[:3], dtype=torch.int32), scores.new_empty(scores.shape, dtype=torch.int32)
+    return scores.new_empty(scores.shape[:3], dtype=torch.int32), scores.new_empty(
+        scores.shape, dtype=torch.int32
+    )
 
 
 @torch.library.register_fake(f"{NAMESPACE}::topk_blocks")
