@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -139,5 +140,7 @@ def _write(out: Path, runs: list[Run], request: Request, sampler: Sampler) -> No
         results = about | {"results": [run.record(runs[0]) for run in runs]}
         (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
         clips = {run.method: (folder / f"{run.method}.mp4").read_bytes() for run in runs}
-        page = html_report(runs, about, clips, (folder / "sheet.png").read_bytes())
+        plain = io.BytesIO()
+        many_sheet(runs, request, sampler, titled=False).save(plain, "PNG")
+        page = html_report(runs, about, clips, plain.getvalue())
         (folder / "report.html").write_text(page, encoding="utf-8")

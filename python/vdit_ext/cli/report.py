@@ -21,8 +21,9 @@ body { margin: 0 auto; padding: 40px 28px 64px; max-width: 1120px; background: v
 h1 { font-size: 30px; line-height: 1.2; margin: 4px 0 6px; font-weight: 650; letter-spacing: -0.01em; }
 h2 { font-size: 18px; margin: 44px 0 14px; font-weight: 650; }
 p { margin: 0 0 10px; } .faint { color: var(--faint); } .small { font-size: 14px; }
-.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(232px, 1fr)); gap: 18px; margin-top: 26px; }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
+.clips { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 18px; margin-top: 26px; }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden;
+  max-width: 384px; }
 figure video { display: block; width: 100%; aspect-ratio: var(--shape); background: #000; }
 figcaption { padding: 11px 14px 13px; }
 figcaption b { display: block; font-size: 17px; }
@@ -33,12 +34,20 @@ th, td { padding: 9px 14px 9px 0; border-bottom: 1px solid var(--line); text-ali
 th { color: var(--faint); font-weight: 500; font-size: 14px; }
 th:first-child, td:first-child { text-align: left; } td:first-child { font-weight: 600; }
 .meter { display: inline-block; width: 88px; height: 8px; border-radius: 4px; background: var(--soft);
-  margin-right: 10px; overflow: hidden; vertical-align: middle; }
+  overflow: hidden; vertical-align: middle; }
+.share { display: inline-block; min-width: 74px; }
 .meter i { display: block; height: 100%; background: var(--bar); }
 img { display: block; width: 100%; border: 1px solid var(--line); border-radius: 10px; background: #fff; }
 .settings td { text-align: left; vertical-align: top; white-space: normal; }
 .settings td:first-child { width: 150px; white-space: nowrap; }
 code { font: 14px/1.6 ui-monospace, "DejaVu Sans Mono", monospace; }
+"""
+
+# Clips start each round together, so that they can be compared by eye.
+_SCRIPT = """
+const clips = [...document.querySelectorAll("video")];
+clips.forEach((clip) => { clip.loop = false; });
+clips[0].addEventListener("ended", () => clips.forEach((clip) => { clip.currentTime = 0; clip.play(); }));
 """
 
 
@@ -49,7 +58,7 @@ def html_report(runs: Sequence[Run], about: dict[str, Any], clips: dict[str, byt
         runs: the dense run first.
         about: prompt, model, seed, steps, guidance, machine (str) and versions (dict).
         clips: the mp4 file of each run, by method.
-        sheet: the contact sheet as a PNG file.
+        sheet: the contact sheet as a PNG file, without the title that the page has already.
     """
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     conditions = (
@@ -71,7 +80,7 @@ def html_report(runs: Sequence[Run], about: dict[str, Any], clips: dict[str, byt
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(about['prompt'])}: vdit compare</title><style>{_STYLE}</style></head>"
-        f"<body>{''.join(body)}</body></html>\n"
+        f"<body>{''.join(body)}<script>{_SCRIPT}</script></body></html>\n"
     )
 
 
@@ -83,7 +92,7 @@ def _card(run: Run, clip: bytes) -> str:
         note = f"{kept}, {text.psnr(run.quality)} dB, {text.seconds(run.seconds)}"
     height, width = run.clip.shape[1:3]
     return (
-        f'<figure><video style="--shape:{width}/{height}" autoplay loop muted playsinline controls '
+        f'<figure><video style="--shape:{width}/{height}" autoplay loop muted playsinline '
         f'src="data:video/mp4;base64,{_inline(clip)}"></video>'
         f"<figcaption><b>{escape(run.method)}</b><span>{note}</span></figcaption></figure>"
     )
@@ -97,7 +106,7 @@ def _table(runs: Sequence[Run]) -> str:
         meter = f'<span class="meter"><i style="width:{share:.1f}%"></i></span>' if run.density is not None else ""
         cells = (
             escape(run.method),
-            meter + text.percent(run.density),
+            f'{meter}<span class="share">{text.percent(run.density)}</span>',
             text.percent(run.density_overall),
             text.psnr(run.quality),
             text.ssim(run.quality),

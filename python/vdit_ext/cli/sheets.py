@@ -26,13 +26,14 @@ def pair_sheet(run: Run, dense: Run | None, request: Request, sampler: Sampler):
     return contact_sheet(rows, title=request.prompt, subtitle=describe(request, sampler), fps=sampler.fps)
 
 
-def many_sheet(runs: Sequence[Run], request: Request, sampler: Sampler):
-    """The dense run, then each sparse run with its difference underneath."""
+def many_sheet(runs: Sequence[Run], request: Request, sampler: Sampler, *, titled: bool = True):
+    """The dense run, then each sparse run with its difference underneath; prompt and settings above if titled."""
     dense, *others = runs
     rows = [("dense", dense.clip)]
     for run in others:
         rows += [(_label(run), run.clip), _difference_row(run, dense)]
-    return contact_sheet(rows, title=request.prompt, subtitle=describe(request, sampler), fps=sampler.fps, tile=144)
+    head = {"title": request.prompt, "subtitle": describe(request, sampler)} if titled else {}
+    return contact_sheet(rows, fps=sampler.fps, tile=144, **head)
 
 
 def _label(run: Run) -> str:
