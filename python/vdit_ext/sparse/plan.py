@@ -70,6 +70,14 @@ class TokenLayout:
         """Whether the text may hold padding, which then gets a block of its own."""
         return self.text_len > 0 and self.text_valid is not None
 
+    @property
+    def shape_key(self) -> tuple:
+        """What must stay the same for things learned from this layout to fit another one.
+
+        The number of valid text tokens is not part of it: guidance branches differ in that alone.
+        """
+        return self.grid, self.text_len, self.text_first
+
     def video(self, x: Tensor) -> Tensor:
         """The video rows of ``x [B, H, S, D]``, as a view ``[B, H, num_video, D]``."""
         return x.narrow(2, self.video_start, self.num_video) if self.text_len else x

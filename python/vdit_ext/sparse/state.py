@@ -72,7 +72,7 @@ class LayerState:
     def begins_video(self, info: StepInfo, layout: TokenLayout) -> bool:
         """Whether this model call starts another video than the last one: the timestep rose, the step number
         fell, or the shape changed. False at the very first call."""
-        shape = (layout.grid, layout.text_len, layout.text_first)
+        shape = layout.shape_key
         call, last_call, last_shape = (info.step, info.timestep), self._last_call, self._last_shape
         self._last_call, self._last_shape = call, shape
         if last_call is None:
