@@ -37,12 +37,14 @@ class Banded:
     calls: list[StepInfo] = field(default_factory=list, compare=False)
 
     def is_dense(self, info: StepInfo, layer: int) -> bool:
-        if layer == 0:
-            self.calls.append(info)
         return info.step < self.dense_steps or layer < self.dense_layers
 
     def new_state(self, layer: int, num_layers: int) -> State:
         return State(layer)
+
+    def begin_step(self, info: StepInfo, layout: TokenLayout, state: State) -> None:
+        if state.layer == 0:
+            self.calls.append(info)
 
     def plan(self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, state: State) -> BlockPlan:
         length = layout.num_tokens

@@ -111,9 +111,9 @@ class Layer:
 class WanTokenOrder:
     """Runs ``WanTransformer3DModel`` in another token order while ``order`` is set.
 
-    Tokens change places where the patch embedding leaves them, which takes the place of a copy that the model
-    makes anyway, and go back after the last projection, where they are narrowest. Everything between treats
-    tokens alike, given that the rotary tables and per-token timesteps move along.
+    Tokens change places after the patch embedding and go back after the last projection, where they are
+    narrowest. Everything between treats tokens alike, given that the rotary tables and per-token timesteps move
+    along.
     """
 
     def __init__(self, model: nn.Module):
@@ -152,8 +152,10 @@ class WanTokenOrder:
     def _after_patch_embedding(self, module: nn.Module, args: tuple, grid: Tensor) -> Any:
         if self.order is None:
             return None
-        tokens = grid.flatten(2).transpose(1, 2).index_select(1, self.order)  # [b, s, c]
-        return tokens.transpose(1, 2).unflatten(2, grid.shape[2:])
+        moved = grid.flatten(2).index_select(2, self.order).view(grid.shape)  # [b, c, f, y, x]
+        # NOTE: the strides must be those of `grid`: compiled blocks are specialised on them, and for a batch of 1
+        # the model's own reshaping carries an irregular first stride through to the blocks.
+        return torch.empty_like(grid).copy_(moved)
 
     def _after_proj_out(self, module: nn.Module, args: tuple, tokens: Tensor) -> Any:
         return None if self.order is None else tokens.index_select(1, self._inverse)
