@@ -116,7 +116,7 @@ def _check(shape: Shape, q, k, v, counts, lists) -> None:
         worst = float((got[:, :1, rows].cpu().float() - expected.float()).abs().max())
         limit = TOLERANCE[getattr(torch, shape.dtype)] * max(1.0, float(expected.abs().max()))
         if not worst <= limit:
-            raise RuntimeError(f"block_sparse_attention is off by {worst:.2e} from its definition, over {limit:.2e}")
+            raise ArithmeticError(f"block_sparse_attention is off by {worst:.2e} from its definition, over {limit:.2e}")
 
 
 def _time(shape: Shape, inputs: tuple, repeats: int, reporter: Reporter) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from typing import Any
 
 import typer
@@ -85,7 +86,7 @@ def _has_torch() -> bool:
 
 def _load_ops() -> tuple[Any, str]:
     try:
-        from vdit_ext import ops
+        ops = import_module("vdit_ext.ops")
     except (ImportError, OSError, RuntimeError) as error:
         return None, " ".join(str(error).split())
     return ops, ""
@@ -93,10 +94,10 @@ def _load_ops() -> tuple[Any, str]:
 
 def _build_info() -> tuple[dict[str, Any] | None, str]:
     try:
-        from vdit_ext import _C
+        facts = import_module("vdit_ext._C")
     except ImportError as error:
         return None, f"vdit_ext._C could not be imported: {error}"
-    return dict(_C.build_info()), ""
+    return dict(facts.build_info()), ""
 
 
 def _torch_facts() -> dict[str, Any]:
@@ -126,9 +127,7 @@ def _driver() -> str:
 
 def _cpu_facts() -> dict[str, Any]:
     try:
-        from vdit_ext import _C
-
-        used = _C.cpu_isa()
+        used = import_module("vdit_ext._C").cpu_isa()
     except (ImportError, RuntimeError) as error:
         used = f"unknown: {error}"
     return {

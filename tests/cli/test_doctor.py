@@ -1,0 +1,88 @@
+"""``vdit doctor``: works anywhere, and says what is broken."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from typer.testing import CliRunner
+from vdit_ext.cli import app, doctor
+
+EXPECTED_OPS = {
+    "block_sparse_attention", "merge_attention", "permute_rows", "unpermute_rows", "mean_pool_blocks", "kmeans_assign",
+    "label_sort", "segment_mean", "topk_blocks", "topp_blocks",
+}  # fmt: skip
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["doctor", *arguments])
+
+
+def test_json_has_the_documented_keys():
+    result = run("--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["healthy"] is True and report["self_check"] == "ok" and report["libraries"]["cpu"] == "loaded"
+    assert {"machine", "versions", "torch", "driver", "cpu", "gpus", "build", "packages", "toy_weights"} <= set(report)
+    kernels = {row["op"]: row for row in report["kernels"]}
+    assert set(kernels) >= EXPECTED_OPS
+    assert all(kernels[op]["cpu"] == "yes" for op in EXPECTED_OPS)
+    if not report["gpus"]:
+        assert all(not row["cuda"].startswith("yes") for row in report["kernels"])
+
+
+def test_table_names_versions_libraries_and_ops():
+    result = run()
+    assert result.exit_code == 0
+    for word in ("torch", "driver", "instruction set", "cuda library", "toy weights", "topp_blocks", "Healthy"):
+        assert word in result.stdout
+
+
+def test_a_broken_cpu_library_is_an_exit_code(monkeypatch):
+    monkeypatch.setattr(doctor, "_load_ops", lambda: (None, "undefined symbol: at_empty"))
+    result = run()
+    assert result.exit_code == 1 and "Broken: undefined symbol: at_empty" in result.stdout
+    report = json.loads(run("--json").stdout)
+    assert report["healthy"] is False and report["libraries"]["cpu"] == "undefined symbol: at_empty"
+
+
+def test_a_wrong_kernel_is_an_exit_code(monkeypatch):
+    from vdit_ext.ops import attention
+
+    correct = attention.block_sparse_attention
+    monkeypatch.setattr(
+        attention, "block_sparse_attention", lambda *a, **k: (correct(*a, **k)[0] + 0.1, correct(*a, **k)[1])
+    )
+    result = run()
+    assert result.exit_code == 1 and "off by" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "served"),
+    [
+        ((8, 0), ["80", "90a-real"], True),
+        ((8, 6), ["80", "90a-real"], True),
+        ((9, 0), ["80", "90a-real"], True),
+        ((9, 0), ["80-real"], False),
+        ((10, 0), ["80", "90a-real"], True),  # by the PTX of 80
+        ((12, 0), ["90a-real"], False),
+        ((7, 5), ["80", "90a-real"], False),
+        ((9, 0), ["80-virtual"], True),
+        ((9, 0), [], False),
+    ],
+)
+def test_which_gpus_a_build_serves(capability, archs, served):
+    gap = doctor.arch_gap(capability, archs)
+    assert (gap is None) == served, gap
+
+
+def test_a_missing_driver_tool_is_said(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert "nvidia-smi" in json.loads(run("--json").stdout)["driver"]
+
+
+def test_a_missing_module_does_not_hide_the_rest(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vdit_ext._C", None)
+    result = run("--json")
+    assert result.exit_code == 0 and "note" in json.loads(result.stdout)["build"]

@@ -1,0 +1,186 @@
+"""``vdit generate``: what it writes, prints and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import vdit_ext.video
+from PIL import Image
+from vdit_cli_tiny import FPS, FRAMES, PROMPT, SIZE
+from vdit_ext.video import read_video, viewing_scale
+
+TINY = Path(__file__).with_name("vdit_cli_tiny.py")
+KEYS = {
+    "method", "density", "density_overall", "psnr", "ssim", "identical", "seconds", "seconds_dense", "speedup",
+    "settings", "frames_sha256", "prompt", "seed", "steps", "guidance", "model", "frames", "height", "width", "fps",
+    "machine", "versions", "out", "sheet",
+}  # fmt: skip
+
+
+def arguments(out, *more):
+    return ("generate", "--prompt", PROMPT, "--steps", "3", "--out", out, *more)
+
+
+@pytest.mark.parametrize("method", ["svg2", "svg1", "draft", "dense"])
+def test_writes_clip_and_sheet_and_ends_with_one_line(vdit, tmp_path, method):
+    out = tmp_path / "clip.mp4"
+    result = vdit(*arguments(out, "--method", method))
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("\n") == 1 and result.stdout.startswith(f"{method}: ")
+    clip, fps = read_video(out)
+    scale = viewing_scale(SIZE, SIZE)
+    assert clip.shape == (FRAMES, SIZE * scale, SIZE * scale, 3) and fps == FPS
+    rows = 1 if method == "dense" else 3
+    with Image.open(tmp_path / "clip.png") as sheet:
+        sheet.load()
+        assert sheet.height > rows * 176 and sheet.width > FRAMES * 176
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "clip.png"]
+
+
+def test_line_has_density_quality_and_both_times(vdit, tmp_path):
+    line = vdit(*arguments(tmp_path / "clip.mp4", "--method", "svg1", "--density", "0.4")).stdout
+    for part in ("% of attention in sparse steps", "% overall", "PSNR", "dB", "SSIM", "dense"):
+        assert part in line
+
+
+def test_json_is_one_object_with_the_documented_keys(vdit, tmp_path):
+    result = vdit(*arguments(tmp_path / "clip.mp4", "--method", "svg2", "--json"))
+    record = json.loads(result.stdout)
+    assert set(record) == KEYS
+    assert 0 < record["density"] <= 1 and record["density"] <= record["density_overall"] <= 1
+    assert record["psnr"] > 10 and 0 < record["ssim"] <= 1 and record["identical"] is False
+    assert record["settings"]["num_q_clusters"] == 32
+    assert (record["frames"], record["height"], record["width"]) == (FRAMES, SIZE, SIZE)
+
+
+def test_everything_kept_is_close_to_dense_and_less_kept_is_farther(vdit, tmp_path):
+    def psnr(top_p):
+        result = vdit(*arguments(tmp_path / "clip.mp4", "--top-p", top_p, "--set", "min_kc_ratio=0", "--json"))
+        record = json.loads(result.stdout)
+        return float("inf") if record["identical"] else record["psnr"], record["density"]
+
+    full, half = psnr(1), psnr(0.3)
+    assert full[1] == 1 and half[1] < 0.7
+    assert full[0] > half[0] + 10
+
+
+def test_identical_clips_have_no_psnr_in_json_and_inf_in_words(vdit, tmp_path):
+    always_dense = ("--method", "svg2", "--set", "dense_step_fraction=1")
+    record = json.loads(vdit(*arguments(tmp_path / "clip.mp4", *always_dense, "--json")).stdout)
+    assert record["identical"] is True and record["psnr"] is None and record["ssim"] == 1
+    assert record["density"] is None and record["density_overall"] == 1
+    line = vdit(*arguments(tmp_path / "clip.mp4", *always_dense)).stdout
+    assert "PSNR inf dB" in line and "no step was sparse" in line
+
+
+def test_without_comparison_there_is_one_run(vdit, tiny, tmp_path):
+    record = json.loads(vdit(*arguments(tmp_path / "clip.mp4", "--no-compare", "--json")).stdout)
+    assert tiny.calls == 2  # the warm-up and the clip
+    assert record["psnr"] is None and record["identical"] is None and record["seconds_dense"] is None
+
+
+def test_same_command_twice_gives_the_same_frames(vdit, tmp_path):
+    records = [json.loads(vdit(*arguments(tmp_path / f"{i}.mp4", "--json")).stdout) for i in range(2)]
+    assert records[0]["frames_sha256"] == records[1]["frames_sha256"]
+    assert (tmp_path / "0.mp4").read_bytes() == (tmp_path / "1.mp4").read_bytes()
+    other = json.loads(vdit(*arguments(tmp_path / "2.mp4", "--seed", "1", "--json")).stdout)
+    assert other["frames_sha256"] != records[0]["frames_sha256"]
+
+
+def test_quiet_prints_the_line_and_nothing_else(vdit, tmp_path):
+    quiet = vdit(*arguments(tmp_path / "clip.mp4", "--quiet"))
+    assert quiet.stderr == "" and quiet.stdout.count("\n") == 1
+    loud = vdit(*arguments(tmp_path / "clip.mp4"))
+    assert "dense" in loud.stderr and "svg2" in loud.stderr and "left" in loud.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("--prompt", "a mauve disc bounces over blue stripes"), ("mauve",)),
+        (("--method", "fast"), ("svg2", "'fast'")),
+        (("--top-p", "3"), ("top_p", "3")),
+        (("--set", "top_q=1"), ("top_q", "top_p")),
+        (("--set", "top_p"), ("name=value",)),
+        (("--set", "top_p=high"), ("a number", "high")),
+        (("--set", "svg9.top_p=1"), ("svg9",)),
+        (("--size", "64x64"), ("96 by 96",)),
+        (("--size", "big"), ("832x480", "big")),
+        (("--device", "cpu"), ("--model",)),
+        (("--model", "/nowhere/at/all"), ("/nowhere/at/all",)),
+    ],
+)
+def test_bad_input_is_one_sentence(vdit, tiny, refused, tmp_path, change, words):
+    refused(vdit(*arguments(tmp_path / "clip.mp4", *change)), *words)
+    assert tiny.calls == 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("clip.gif", ("ending in .mp4",)),
+        ("missing/clip.mp4", ("mkdir",)),
+        ("folder.mp4", ("is a folder",)),
+        ("/proc/clip.mp4", ("writable",)),
+    ],
+)
+def test_unwritable_path_is_refused_before_sampling(vdit, tiny, refused, tmp_path, out, words):
+    (tmp_path / "folder.mp4").mkdir()
+    refused(vdit(*arguments(tmp_path / out)), *words)
+    assert tiny.calls == 0 and [p.name for p in tmp_path.iterdir()] == ["folder.mp4"]
+
+
+def test_a_folder_without_a_pipeline_is_refused(vdit, refused, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    refused(vdit(*arguments(tmp_path / "clip.mp4", "--model", model)), "model_index.json")
+    (model / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": ["diffusers", "Flux"]}')
+    refused(vdit(*arguments(tmp_path / "clip.mp4", "--model", model)), "WanTransformer3DModel", "Flux")
+
+
+def test_a_failure_leaves_what_was_there(vdit, tmp_path, monkeypatch):
+    out = tmp_path / "clip.mp4"
+    out.write_bytes(b"an earlier clip")
+
+    def fail(path, *_args, **_kwargs):
+        Path(path).write_bytes(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(vdit_ext.video, "write_video", fail)
+    result = vdit(*arguments(out))
+    assert result.exit_code == 1 and "disk full" in result.stderr and result.stderr.splitlines()[-1].startswith("vdit: ")
+    assert out.read_bytes() == b"an earlier clip" and [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_interruption_in_the_middle_leaves_nothing(vdit, tiny, tmp_path, monkeypatch):
+    def interrupt(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiny, "sample", interrupt)
+    result = vdit(*arguments(tmp_path / "clip.mp4"))
+    assert result.exit_code == 130 and "interrupted" in result.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_with_130_and_leaves_nothing(tmp_path, kind):
+    out, marker = tmp_path / "out", tmp_path / "marker"
+    out.mkdir()
+    environment = os.environ | {"VDIT_TINY_WAIT": "0.3", "VDIT_TINY_MARKER": str(marker)}
+    command = [sys.executable, str(TINY), *map(str, arguments(out / "clip.mp4", "--steps", "500", "--json"))]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(600):
+            if marker.exists() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        process.send_signal(kind)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert stdout == "" and "interrupted" in stderr and "Traceback" not in stderr
+    assert not list(out.iterdir())

@@ -1,0 +1,50 @@
+"""Answers that need no torch come without it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import vdit_ext
+
+# The command's modules alone: what `import vdit_ext` itself loads is not theirs to decide.
+ALONE = """
+import sys, types
+package = types.ModuleType("vdit_ext")
+package.__path__ = [{path!r}]
+sys.modules["vdit_ext"] = package
+from vdit_ext.cli import app
+try:
+    app({arguments!r})
+except SystemExit as end:
+    code = end.code
+heavy = {{"torch", "numpy", "diffusers", "av", "PIL", "matplotlib"}} & set(sys.modules)
+assert not heavy, heavy
+sys.exit(code)
+"""
+
+
+def alone(*arguments):
+    script = ALONE.format(path=str(Path(vdit_ext.__file__).parent), arguments=list(arguments))
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("command", ["generate", "compare", "curve", "bench", "doctor", None])
+def test_help_needs_no_torch_and_has_the_exit_codes(command):
+    result = alone(*([command] if command else []), "--help")
+    assert result.returncode == 0, result.stderr
+    assert "Exit codes" in result.stdout and "130" in result.stdout
+
+
+def test_a_misspelt_method_is_refused_without_torch(tmp_path):
+    result = alone("generate", "--prompt", "x", "--out", str(tmp_path / "a.mp4"), "--method", "svg3")
+    assert result.returncode == 2 and "'svg3'" in result.stderr
+
+
+def test_names_of_methods_are_those_there_are():
+    from vdit_ext.cli.options import METHOD_NAMES
+    from vdit_ext.sparse import METHODS
+
+    assert set(METHOD_NAMES) == set(METHODS)

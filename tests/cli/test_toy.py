@@ -1,0 +1,40 @@
+"""The whole command as users start it, on the packaged weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from vdit_ext.toyworld.pipeline import NAME, WEIGHTS
+from vdit_ext.video import read_video
+
+PROMPT = "a red disc bounces over blue stripes"
+pytestmark = pytest.mark.skipif(
+    not (WEIGHTS / f"{NAME}.safetensors").is_file(), reason="this tree has no toy weights yet"
+)
+
+
+def vdit(*arguments):
+    paths = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "vdit_ext.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_main_job(tmp_path):
+    out = tmp_path / "clip.mp4"
+    result = vdit("generate", "--prompt", PROMPT, "--method", "svg2", "--steps", "4", "--out", out, "--json")
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert record["model"] == "toy" and 0 < record["density"] < 1 and record["psnr"] > 15
+    clip, fps = read_video(out)
+    assert clip.shape == (16, 384, 384, 3) and fps == 8 and (tmp_path / "clip.png").is_file()
+
+
+def test_unknown_word(tmp_path):
+    result = vdit("generate", "--prompt", "a red walrus bounces over blue stripes", "--out", tmp_path / "clip.mp4")
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert "walrus" in result.stderr and not list(tmp_path.iterdir())
