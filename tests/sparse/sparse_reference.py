@@ -17,7 +17,9 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     return torch.softmax(scores, -1).nan_to_num(nan=0.0) @ v.double()
 
 
-def expand_map(keep: Tensor, q_sizes: list[int], kv_sizes: list[int], q_order: Tensor, kv_order: Tensor) -> Tensor:
+def expand_map(
+    keep: Tensor, q_sizes: list[int], kv_sizes: list[int], q_order: Tensor, kv_order: Tensor
+) -> Tensor:
     """Token mask ``[Sq, Skv]`` of a block map ``[nQ, nKV]`` over permuted tokens, one block pair at a time."""
     mask = torch.zeros(sum(q_sizes), sum(kv_sizes), dtype=torch.bool)
     row = 0
@@ -40,7 +42,8 @@ def tensors(batch: int, heads: int, length: int, dim: int, seed: int = 0, count:
     """``count`` normal tensors ``[B, H, S, D]``, stored as ``[B, S, H, D]`` like a model's projections."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(
-        torch.randn(batch, length, heads, dim, generator=generator).to(dtype).transpose(1, 2) for _ in range(count)
+        torch.randn(batch, length, heads, dim, generator=generator).to(dtype).transpose(1, 2)
+        for _ in range(count)
     )
 
 

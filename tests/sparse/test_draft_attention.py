@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse.sparse_reference import count_graphs, masked_attention, rows_of, tensors
 from torch import Tensor, nn
+
 from vdit_ext import ops
 from vdit_ext.sparse import SHAPES, DraftAttention, SparseMethod, StepInfo, TokenLayout, begin_step
 from vdit_ext.sparse.draft_attention import PRESETS, count_kept, draft_logits
@@ -88,7 +89,9 @@ def test_draft_09_02_permutation(rows, columns):
         assert order.dtype == torch.int32 and order.shape == (layout.num_tokens,)
         start = 20 if text_first else 0
         tiles = algorithm_1(2, rows, columns, *tile)
-        assert (order[start : start + layout.num_video] - start).tolist() == sum(tiles, [])
+        assert (order[start : start + layout.num_video] - start).tolist() == [
+            n for members in tiles for n in members
+        ]
         text = slice(0, 20) if text_first else slice(layout.num_video, None)
         assert torch.equal(order[text], torch.arange(layout.num_tokens, dtype=torch.int32)[text])
         x = torch.arange(layout.num_tokens).float()[None, None, :, None]
@@ -152,7 +155,9 @@ def test_draft_09_05_restored_output_is_masked_dense(layout):
 @given(sparsities=st.lists(st.floats(0, 1), min_size=2, max_size=4), seed=st.integers(0, 99))
 def test_draft_09_06_kept_sets_are_nested(sparsities, seed):
     """What is kept at r1 is kept at every r2 > r1."""
-    logits = torch.randn(1, 2, 9, 9, generator=torch.Generator().manual_seed(seed)).round(decimals=1)  # with ties
+    logits = torch.randn(1, 2, 9, 9, generator=torch.Generator().manual_seed(seed)).round(
+        decimals=1
+    )  # with ties
     for settings_ in (dict(), dict(score="logit"), dict(parity="code"), dict(budget="all_heads")):
         before = None
         for sparsity in sorted(sparsities, reverse=True):
@@ -167,7 +172,9 @@ def draft_and_token_logits(q: Tensor, k: Tensor, layout: TokenLayout, tile: tupl
     index = tile_order(layout, tile, CPU)
     offsets = tile_offsets(layout.grid, tile, CPU)
     q, k = ops.permute_rows(q, index), ops.permute_rows(k, index)
-    draft = draft_logits(ops.mean_pool_blocks(q, offsets=offsets), ops.mean_pool_blocks(k, offsets=offsets))[0, 0]
+    draft = draft_logits(ops.mean_pool_blocks(q, offsets=offsets), ops.mean_pool_blocks(k, offsets=offsets))[
+        0, 0
+    ]
     sizes = offsets[0, 0].diff()
     lifted = draft.repeat_interleave(sizes, 0).repeat_interleave(sizes, 1)
     token = (q @ k.transpose(-1, -2))[0, 0] * q.shape[-1] ** -0.5
@@ -285,7 +292,9 @@ class ToyDiT(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "layout", [RAGGED, TokenLayout((2, 8, 8)), TokenLayout((2, 7, 10), 6, 4), TokenLayout((2, 8, 8), 6)], ids=str
+    "layout",
+    [RAGGED, TokenLayout((2, 8, 8)), TokenLayout((2, 7, 10), 6, 4), TokenLayout((2, 8, 8), 6)],
+    ids=str,
 )
 def test_draft_09_12_hoisted_permutation(layout):
     """Permuting once, before the first layer, equals permuting in every layer, on a toy DiT with RoPE."""
@@ -305,7 +314,9 @@ def test_draft_09_12_hoisted_permutation(layout):
     assert states[0].mean_density() < 0.9
     everything = DraftAttention(sparsity=0.0, **SMALL)
     dense = model(x, cos, sin, layout, everything, [everything.new_state(i, 2) for i in range(2)])
-    assert (dense - expected).abs().max() > 1e-2, "the sparse model must differ from the dense one to say anything"
+    assert (dense - expected).abs().max() > 1e-2, (
+        "the sparse model must differ from the dense one to say anything"
+    )
 
 
 def test_draft_09_13_gate_counts():

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse.sparse_reference import count_graphs, expand_map, masked_attention, rows_of, tensors
+
 from vdit_ext import ops
 from vdit_ext.ops.attention import block_mass_fractions
 from vdit_ext.sparse import SHAPES, SVG2, BlockPlan, SparseMethod, StepInfo, TokenLayout, begin_step
@@ -122,7 +123,9 @@ def test_svg2_09_05_warm_start_never_raises_inertia():
     (x,) = tensors(1, 2, 150, 8, count=1)
     first = kmeans(x, 9, num_iters=3, seed=4)
     again = kmeans(x, 9, num_iters=2, centroids=first.centroids)
-    assert (inertia(x, again.centroids, again.labels) <= inertia(x, first.centroids, first.labels) * (1 + 1e-6)).all()
+    assert (
+        inertia(x, again.centroids, again.labels) <= inertia(x, first.centroids, first.labels) * (1 + 1e-6)
+    ).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -183,7 +186,10 @@ def test_svg2_09_08_identical_tokens_give_exact_mass():
     layout, dim, num_q, num_k = TokenLayout((2, 6, 10)), 16, 5, 8
     q_label = torch.randint(num_q, (120,), generator=generator)
     k_label = torch.randint(num_k, (120,), generator=generator)
-    q_points, k_points = torch.randn(num_q, dim, generator=generator), torch.randn(num_k, dim, generator=generator)
+    q_points, k_points = (
+        torch.randn(num_q, dim, generator=generator),
+        torch.randn(num_k, dim, generator=generator),
+    )
     q, k = 3 * q_points[q_label][None, None], k_points[k_label][None, None]
     exact = torch.softmax(q.double() @ k.double().transpose(-1, -2) / 4, -1)
 
@@ -254,7 +260,7 @@ def test_svg2_09_11_density_and_flops():
         (526.76, 80, 0.1413, 301.62),
     ]:
         attention = attention_flops(75_600, 5120, 40, forwards) / 1e15
-        assert video_flops(total, attention, density, 0.3) == pytest.approx(published, abs=0.015)
+        assert video_flops(total, attention, density, 0.3) == pytest.approx(published, abs=0.01)
 
 
 def test_svg2_09_12_gate_counts():
@@ -273,7 +279,10 @@ def test_svg2_09_12_gate_counts():
         assert count_dense_steps(method.dense_step_fraction, shape.steps) == steps
         assert count_dense_layers(method.dense_layer_fraction, shape.layers) == layers
         dense = [
-            [method.is_dense(StepInfo(s, shape.steps, 0.0, shape.layers), layer) for layer in range(shape.layers)]
+            [
+                method.is_dense(StepInfo(s, shape.steps, 0.0, shape.layers), layer)
+                for layer in range(shape.layers)
+            ]
             for s in range(shape.steps)
         ]
         assert [all(row) for row in dense] == [s < steps for s in range(shape.steps)]
@@ -290,10 +299,15 @@ def test_svg2_09_14_norm_and_rope_match_pytorch():
     weight, bias = torch.rand(16), torch.rand(16)
     torch.testing.assert_close(rms_norm(x, weight), torch.nn.functional.rms_norm(x, (16,), weight, 1e-6))
     torch.testing.assert_close(
-        layer_norm(x, weight, bias), torch.nn.functional.layer_norm(x, (16,), weight, bias, 1e-5), atol=1e-5, rtol=1e-5
+        layer_norm(x, weight, bias),
+        torch.nn.functional.layer_norm(x, (16,), weight, bias, 1e-5),
+        atol=1e-5,
+        rtol=1e-5,
     )
     wide = torch.randn(2, 40, 48)
-    torch.testing.assert_close(rms_norm(wide, torch.ones(48)), torch.nn.functional.rms_norm(wide, (48,), eps=1e-6))
+    torch.testing.assert_close(
+        rms_norm(wide, torch.ones(48)), torch.nn.functional.rms_norm(wide, (48,), eps=1e-6)
+    )
 
     cos, sin = rope_table((2, 3, 5), 16)
     turn = torch.complex(cos[:, ::2].double(), sin[:, ::2].double())
@@ -417,7 +431,9 @@ def test_more_clusters_than_tokens():
     layout = TokenLayout((1, 2, 3))
     plan, q, k, v = make_plan(SVG2(top_p=1.0), layout)
     assert plan.q_offsets.shape[-1] == plan.kv_offsets.shape[-1] == 7
-    torch.testing.assert_close(plan.attend(q, k, v)[0].double(), masked_attention(q, k, v), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        plan.attend(q, k, v)[0].double(), masked_attention(q, k, v), atol=1e-5, rtol=1e-5
+    )
     one = TokenLayout((1, 1, 1))
     plan, q, k, v = make_plan(SVG2(), one)
     torch.testing.assert_close(plan.attend(q, k, v)[0], v)
@@ -528,4 +544,6 @@ def test_bad_inputs():
 def test_ops_are_registered_properly():
     state = SVG2(**SMALL).new_state(0, 1)
     (x,) = tensors(1, 2, 30, 8, count=1)
-    torch.library.opcheck(refine_clusters, (x, state.handle, 4, "q"), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        refine_clusters, (x, state.handle, 4, "q"), test_utils=("test_schema", "test_faketensor")
+    )

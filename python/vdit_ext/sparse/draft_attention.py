@@ -76,7 +76,9 @@ class DraftAttention:
         require_choice("DraftAttention", "parity", self.parity, ("exact", "code"))
         require_choice("DraftAttention", "budget", self.budget, ("head", "all_heads"))
         if len(self.tile) != 2 or min(self.tile) < 1:
-            raise ValueError(f"DraftAttention: tile must be two sizes of at least 1 (rows, columns), got {self.tile}")
+            raise ValueError(
+                f"DraftAttention: tile must be two sizes of at least 1 (rows, columns), got {self.tile}"
+            )
 
     @classmethod
     def preset(cls, model: str, kind: str = "paper") -> DraftAttention:
@@ -85,8 +87,8 @@ class DraftAttention:
         Args:
             model: a key of :data:`PRESETS`.
             kind: "paper" counts the first 25 % of the steps dense; "repo" has the timestep thresholds of the
-                shipped code, which give 27 to 30 %, its selection rule (``parity="code"``), and no swapped tile.
-                There is no script for wan2.1-1.3b and for image-to-video; they share Wan's.
+                shipped code, which give 27 to 30 %, its selection rule (``parity="code"``), and no swapped
+                tile. There is no script for wan2.1-1.3b and for image-to-video; they share Wan's.
 
         Raises:
             ValueError: one sentence that lists the names there are.
@@ -170,7 +172,9 @@ class DraftAttention:
         else:
             counts, lists = add_text_blocks(counts, lists, num_tiles, layout)
             offsets = add_text_offsets(tile_offsets(layout.grid, tile, q.device), layout)
-            plan = BlockPlan(counts, lists, q_offsets=offsets, kv_offsets=offsets, q_index=index, kv_index=index)
+            plan = BlockPlan(
+                counts, lists, q_offsets=offsets, kv_offsets=offsets, q_index=index, kv_index=index
+            )
         record_density(plan.density(layout.num_tokens, layout.num_tokens), state.handle)
         return plan
 
@@ -206,7 +210,7 @@ class DraftAttention:
 
 
 def draft_logits(pooled_q: Tensor, pooled_k: Tensor) -> Tensor:
-    """Logits of tile against tile, fp32 ``[B, H, S, S]``, scaled by ``D ** -0.5``; pooled fp32 ``[B, H, S, D]``."""
+    """Logits of tile against tile, fp32 ``[B, H, S, S]``, scaled by ``D ** -0.5``, from fp32 ``[B, H, S, D]``."""
     return pooled_q @ pooled_k.transpose(-1, -2) * pooled_q.shape[-1] ** -0.5
 
 
@@ -216,7 +220,7 @@ def count_kept(sparsity: float, pairs: int) -> int:
 
 
 def _not_below_threshold(scores: Tensor, rank: int) -> Tensor:
-    """Keep what is at least the rank-th smallest value of the head: all for rank 0, nothing for the last rank."""
+    """Keep what is at least the head's rank-th smallest value: all for rank 0, nothing for the last rank."""
     flat = scores.flatten(-2)
     if rank <= 0:
         return torch.ones_like(scores, dtype=torch.bool)

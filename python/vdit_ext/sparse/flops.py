@@ -33,8 +33,10 @@ def video_flops(dense_total: float, attention: float, density: float, dense_frac
     return dense_total - attention + attention * (dense_fraction + (1 - dense_fraction) * density)
 
 
-def kmeans_flops(num_tokens: int, num_q_clusters: int, num_k_clusters: int, width: int, num_iters: int = 1) -> float:
-    """Assignments of SVG2's clustering of q and k in one layer (section 5): ``2 N (Cq + Ck) width`` an iteration."""
+def kmeans_flops(
+    num_tokens: int, num_q_clusters: int, num_k_clusters: int, width: int, num_iters: int = 1
+) -> float:
+    """Assignments of SVG2's clustering of q and k in one layer: ``2 N (Cq + Ck) width`` an iteration."""
     return 2.0 * num_tokens * (num_q_clusters + num_k_clusters) * width * num_iters
 
 

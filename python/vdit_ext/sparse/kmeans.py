@@ -70,8 +70,8 @@ def kmeans(
     batch, heads, num_rows, dim = x.shape
     if not 1 <= num_clusters <= num_rows:
         raise ValueError(
-            f"kmeans: num_clusters must be at least 1 and at most the {num_rows} rows, got {num_clusters}; ask for "
-            "fewer clusters"
+            f"kmeans: num_clusters must be at least 1 and at most the {num_rows} rows, got {num_clusters}; "
+            "ask for fewer clusters"
         )
     require_range("kmeans", "num_iters", num_iters, 1, torch.inf)
     require_choice("kmeans", "init", init, INITS)

@@ -86,8 +86,8 @@ class TokenLayout:
         """Raise ValueError, in one sentence that starts with ``who``, when q or k do not fit this layout."""
         if q.shape[2] != k.shape[2]:
             raise ValueError(
-                f"{who}: self-attention needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}; leave "
-                "cross-attention dense"
+                f"{who}: self-attention needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}; "
+                "leave cross-attention dense"
             )
         if q.shape[2] != self.num_tokens:
             raise ValueError(
@@ -234,8 +234,8 @@ class BlockPlan:
             )
         if self.q_index is not None or self.kv_index is not None:
             raise ValueError(
-                "BlockPlan.to_block_mask: a BlockMask cannot permute tokens, got a plan with q_index or kv_index; "
-                "permute the tokens yourself and pass dataclasses.replace(plan, q_index=None, kv_index=None)"
+                "BlockPlan.to_block_mask: a BlockMask cannot permute tokens, got a plan with q_index or "
+                "kv_index; permute the tokens yourself and pass a plan without them"
             )
         num_kv = -(-seqlen_kv // self.kv_block_size)
         width = self.kv_indices.shape[-1]
@@ -278,7 +278,7 @@ class BlockPlan:
         return cls(counts.int(), indices.int(), q_block_size=q_block_size, kv_block_size=kv_block_size)
 
     def validate(self, seqlen_q: int, seqlen_kv: int) -> BlockPlan:
-        """Check everything the kernel relies on and return the plan; reads tensors back, for tests and debugging.
+        """Check everything the kernel relies on and return the plan; reads tensors back, for debugging.
 
         Raises:
             ValueError: one sentence that names the first thing that is wrong.
@@ -301,30 +301,40 @@ class BlockPlan:
         q_sizes, kv_sizes = self.block_sizes(seqlen_q, seqlen_kv)
         if q_sizes.shape[-1] != counts.shape[-1]:
             raise ValueError(
-                f"{who}: kv_num_blocks must have one entry for each of the {q_sizes.shape[-1]} query blocks, got "
-                f"{counts.shape[-1]}"
+                f"{who}: kv_num_blocks must have one entry for each of the {q_sizes.shape[-1]} query blocks, "
+                f"got {counts.shape[-1]}"
             )
         low, high = (int(counts.min()), int(counts.max())) if counts.numel() else (0, 0)
         if low < 0 or high > lists.shape[-1]:
             raise ValueError(
-                f"{who}: kv_num_blocks must lie between 0 and the list width {lists.shape[-1]}, got {low} to {high}"
+                f"{who}: kv_num_blocks must lie between 0 and the list width {lists.shape[-1]}, got {low} "
+                f"to {high}"
             )
         used = torch.arange(lists.shape[-1], device=lists.device) < counts[..., None]
         listed = lists[used]
         if listed.numel() and not 0 <= int(listed.min()) <= int(listed.max()) < kv_sizes.shape[-1]:
             raise ValueError(
-                f"{who}: kv_indices must lie between 0 and {kv_sizes.shape[-1] - 1}, got {int(listed.min())} to "
-                f"{int(listed.max())}"
+                f"{who}: kv_indices must lie between 0 and {kv_sizes.shape[-1] - 1}, got {int(listed.min())} "
+                f"to {int(listed.max())}"
             )
         slots = torch.arange(lists.shape[-1], device=lists.device)
         ordered = torch.where(used, lists.long(), -1 - slots).sort(dim=-1).values
         if bool((ordered.diff(dim=-1) == 0).any()):
-            raise ValueError(f"{who}: a row may list each key block once, got a block listed twice, which counts twice")
-        for name, index, length in (("q_index", self.q_index, seqlen_q), ("kv_index", self.kv_index, seqlen_kv)):
+            raise ValueError(
+                f"{who}: a row may list each key block once, got a block listed twice, which counts twice"
+            )
+        for name, index, length in (
+            ("q_index", self.q_index, seqlen_q),
+            ("kv_index", self.kv_index, seqlen_kv),
+        ):
             if index is None:
                 continue
             expected = torch.arange(length, device=index.device, dtype=torch.int32)
-            if index.dim() != 3 or index.shape[-1] != length or bool((index.sort(dim=-1).values != expected).any()):
+            if (
+                index.dim() != 3
+                or index.shape[-1] != length
+                or bool((index.sort(dim=-1).values != expected).any())
+            ):
                 raise ValueError(
                     f"{who}: {name} must be [B|1, H|1, {length}] and hold each of 0 to {length - 1} once, got "
                     f"{list(index.shape)} with other contents"
@@ -338,8 +348,8 @@ class BlockPlan:
         kv_blocks = _describe(num_kv, self.kv_offsets, self.kv_block_size)
         order = "permuted" if self.q_index is not None or self.kv_index is not None else "in order"
         return (
-            f"BlockPlan(batch {batch}, heads {heads}, q {q_blocks}, kv {kv_blocks}, up to {width} of them a row, "
-            f"tokens {order}, {self.kv_num_blocks.device})"
+            f"BlockPlan(batch {batch}, heads {heads}, q {q_blocks}, kv {kv_blocks}, up to {width} of them a "
+            f"row, tokens {order}, {self.kv_num_blocks.device})"
         )
 
 
@@ -372,8 +382,8 @@ def _check_blocks(who: str, side: str, offsets: Tensor | None, block_size: int, 
     first, last = offsets[..., 0], offsets[..., -1]
     if bool((first != 0).any()) or bool((last != length).any()) or bool((offsets.diff(dim=-1) < 0).any()):
         raise ValueError(
-            f"{who}: {side}_offsets must start at 0, never fall and end at {length}, got rows from {int(first.min())} "
-            f"to {int(last.max())}"
+            f"{who}: {side}_offsets must start at 0, never fall and end at {length}, got rows from "
+            f"{int(first.min())} to {int(last.max())}"
         )
 
 
@@ -398,7 +408,7 @@ def dense_plan(
 def dense_layout_plan(
     layout: TokenLayout, *, block_size: int = 128, device: torch.device | str = "cpu"
 ) -> BlockPlan:
-    """Dense attention for a layout: as :func:`dense_plan`, but padded text sees, and is seen by, only itself."""
+    """Dense attention for a layout: :func:`dense_plan`, but padded text sees, and is seen by, only itself."""
     if not layout.has_padding:
         return dense_plan(layout.num_tokens, block_size=block_size, device=device)
     device = torch.device(device)
@@ -417,7 +427,12 @@ def _all_blocks(num_q: int, num_kv: int, device: torch.device) -> tuple[Tensor, 
 
 
 def add_text_blocks(
-    kv_num_blocks: Tensor, kv_indices: Tensor, num_kv_blocks: int, layout: TokenLayout, *, prompt_blocks: int = 1
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    num_kv_blocks: int,
+    layout: TokenLayout,
+    *,
+    prompt_blocks: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Add the text's blocks, which are always kept, to the block lists of the video.
 

@@ -25,7 +25,9 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> T
     return (y if weight is None else y * weight.float()).to(x.dtype)
 
 
-def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5
+) -> Tensor:
     """Layer norm over the last dimension, computed in fp32; shapes as :func:`rms_norm`."""
     y = x.float()
     y = y - y.mean(-1, keepdim=True)
@@ -54,8 +56,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, text_len: int = 0, text_f
     for table in (cos, sin):
         if table.shape not in ((length, dim), (length, dim // 2)):
             raise ValueError(
-                f"apply_rope: tables must be [{length}, {dim}] or [{length}, {dim // 2}] for {length} video rows, got "
-                f"{list(table.shape)}"
+                f"apply_rope: tables must be [{length}, {dim}] or [{length}, {dim // 2}] for {length} video "
+                f"rows, got {list(table.shape)}"
             )
     if cos.shape[-1] == dim:
         cos, sin = cos[:, ::2], sin[:, ::2]

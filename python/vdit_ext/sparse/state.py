@@ -130,7 +130,9 @@ class ClusterState(LayerState):
         slot = (self.branch if settings["per_branch"] else "shared", side)
         cached = self.centroids.get(slot)
         shape = (*x.shape[:2], num_clusters, x.shape[3])
-        if cached is not None and (cached.shape != shape or cached.dtype != x.dtype or cached.device != x.device):
+        if cached is not None and (
+            cached.shape != shape or cached.dtype != x.dtype or cached.device != x.device
+        ):
             cached = None
         found = kmeans(
             x,

@@ -159,7 +159,9 @@ class SVG1:
         share = min(1.0, max(0.0, (self.density * total - (total - video)) / video))
         tokens = band_half_width(layout.grid[0], share) * layout.grid[1] * layout.grid[2]
         blocks = tokens / self.block_size
-        return self.block_size * (math.ceil(blocks - 1e-9) if self.rounding == "ceil" else math.floor(blocks + 1e-9))
+        return self.block_size * (
+            math.ceil(blocks - 1e-9) if self.rounding == "ceil" else math.floor(blocks + 1e-9)
+        )
 
     def is_temporal(self, q: Tensor, k: Tensor, layout: TokenLayout, rows: Tensor, v: Tensor | None) -> Tensor:
         """Which heads lose less under the temporal mask than under the spatial one, bool ``[B, H]``.
@@ -211,7 +213,7 @@ def band_half_width(num_frames: int, density: float) -> float:
 
 
 def patch_major_order(num_frames: int, frame_size: int, device: torch.device | str = "cpu") -> Tensor:
-    """The temporal order, int32 ``[F * P]``: row ``s * F + f`` of the reordered video is token ``f * P + s``."""
+    """The temporal order, int32 ``[F * P]``: row ``s * F + f`` of the new order is token ``f * P + s``."""
     tokens = torch.arange(num_frames * frame_size, device=device, dtype=torch.int32)
     return tokens.view(num_frames, frame_size).T.reshape(-1)
 
@@ -243,7 +245,7 @@ def _presets() -> dict[str, dict[str, dict]]:
         presets[model] = {"paper": settings | dict(dense_step_fraction=0.3), "repo": settings}
     presets["wan2.1-1.3b"]["paper"] |= dict(dense_layer_rounding="ceil")
     presets["toy"] = {
-        "paper": dict(density=0.30, block_size=64, profile_frames=1.0, sink=False, dense_layer_fraction=0.0)
+        "paper": dict(density=0.25, block_size=64, profile_frames=1.0, sink=False, dense_layer_fraction=0.0)
     }
     return presets
 

@@ -151,7 +151,9 @@ class SVG2:
             ValueError: one sentence, when q, k and the layout do not fit.
         """
         layout.check(q, k, "SVG2")
-        (q_centroids, q_order, q_offsets), (k_centroids, k_order, k_offsets) = self._cluster(q, k, layout, state)
+        (q_centroids, q_order, q_offsets), (k_centroids, k_order, k_offsets) = self._cluster(
+            q, k, layout, state
+        )
         counts, lists = self.select(q_centroids, k_centroids, k_offsets.diff(dim=-1))
         counts, lists = add_text_blocks(counts, lists, k_centroids.shape[2], layout)
         plan = BlockPlan(

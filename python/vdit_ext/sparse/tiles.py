@@ -38,7 +38,9 @@ def tile_order(layout: TokenLayout, tile: tuple[int, int], device: torch.device)
 
 def _cached(build, grid, tile, device):
     # A compiled region traces the arithmetic, which folds or fuses; eager code would repeat it at every layer.
-    return build(grid, tile, device) if torch.compiler.is_compiling() else _cached_build(build, grid, tile, device)
+    return (
+        build(grid, tile, device) if torch.compiler.is_compiling() else _cached_build(build, grid, tile, device)
+    )
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,107 @@
+"""k-means on its own; the iterations' properties are lines 4 and 5 of test_svg2.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sparse.sparse_reference import tensors
+
+from vdit_ext import ops
+from vdit_ext.sparse.kmeans import draw_centroids, inertia, kmeans
+
+
+def blobs(groups: int, members: int, dim: int = 8, spread: float = 0.01):
+    """Well separated groups, ``[1, 2, groups * members, dim]``."""
+    generator = torch.Generator().manual_seed(3)
+    centers = 10 * torch.randn(1, 2, groups, 1, dim, generator=generator)
+    return (centers + spread * torch.randn(1, 2, groups, members, dim, generator=generator)).flatten(2, 3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    share=st.floats(0, 1),
+    iters=st.integers(1, 4),
+    init=st.sampled_from(["random", "kmeans++"]),
+    seed=st.integers(0, 99),
+)
+def test_results_belong_together(rows, share, iters, init, seed):
+    (x,) = tensors(2, 2, rows, 8, seed, 1)
+    clusters = max(1, round(share * rows))
+    found = kmeans(x, clusters, num_iters=iters, init=init, seed=seed)
+    assert found.centroids.shape == (2, 2, clusters, 8) and found.offsets.shape == (2, 2, clusters + 1)
+    assert torch.equal(found.sizes, torch.nn.functional.one_hot(found.labels.long(), clusters).sum(2).int())
+    assert torch.equal(found.sorted_idx.long(), found.labels.argsort(dim=-1, stable=True))
+    sums = torch.zeros(2, 2, clusters, 8).scatter_add_(
+        2, found.labels.long()[..., None].expand(-1, -1, -1, 8), x
+    )
+    means = sums / found.sizes.clamp(min=1)[..., None]
+    filled = found.sizes > 0
+    torch.testing.assert_close(found.centroids[filled], means[filled], atol=1e-5, rtol=1e-5)
+
+
+def test_random_init_draws_rows_with_replacement():
+    (x,) = tensors(2, 3, 20, 8, count=1)
+    start = draw_centroids(x, 20, seed=7)
+    distances = torch.cdist(start, x.contiguous())
+    assert (distances.min(-1).values < 1e-5).all()
+    rows = distances.argmin(-1)
+    assert (rows[0] == rows[1]).all(), "one draw for the whole batch"
+    assert not torch.equal(rows[0, 0], rows[0, 1]), "another for each head"
+    assert len(rows[0, 0].unique()) < 20, "with replacement"
+    assert torch.equal(start, draw_centroids(x, 20, seed=7))
+    assert not torch.equal(start, draw_centroids(x, 20, seed=8))
+
+
+def test_kmeans_plus_plus_finds_separated_groups():
+    x = blobs(6, 15)
+    plus = kmeans(x, 6, num_iters=3, init="kmeans++", seed=1)
+    assert (plus.sizes == 15).all()
+    random = [kmeans(x, 6, num_iters=3, seed=seed) for seed in range(5)]
+    total = [float(inertia(x, r.centroids, r.labels).sum()) for r in random]
+    assert float(inertia(x, plus.centroids, plus.labels).sum()) <= min(total) * (1 + 1e-6)
+
+
+def test_fewer_distinct_rows_than_clusters():
+    x = torch.ones(1, 1, 12, 8)
+    for init in ("random", "kmeans++"):
+        found = kmeans(x, 5, num_iters=2, init=init)
+        assert found.sizes.tolist() == [[[12, 0, 0, 0, 0]]]
+        assert (found.centroids == 1).all()
+
+
+def test_tolerance_stops_early(monkeypatch):
+    x = blobs(4, 10)
+    calls, real = [], ops.kmeans_assign
+    monkeypatch.setattr(ops, "kmeans_assign", lambda *a: calls.append(1) or real(*a))
+    full = kmeans(x, 4, num_iters=20, init="kmeans++")
+    assert len(calls) == 20
+    calls.clear()
+    early = kmeans(x, 4, num_iters=20, init="kmeans++", tolerance=1e-4)
+    assert len(calls) < 6 and torch.equal(full.labels, early.labels)
+
+
+def test_half_precision_and_strided_rows():
+    x = blobs(4, 10)
+    wide = torch.zeros(1, 40, 2, 20)
+    wide[..., 4:12] = x.transpose(1, 2)
+    view = wide.transpose(1, 2)[..., 4:12]
+    assert torch.equal(kmeans(view, 4, num_iters=3).labels, kmeans(x, 4, num_iters=3).labels)
+    for dtype in (torch.float16, torch.bfloat16):
+        found = kmeans(x.to(dtype), 4, num_iters=3, init="kmeans++")
+        assert found.centroids.dtype == dtype and (found.sizes == 10).all()
+
+
+def test_bad_inputs():
+    (x,) = tensors(1, 1, 10, 8, count=1)
+    for given_, sentence in [
+        (dict(num_clusters=11, num_iters=1), "at most the 10 rows, got 11; ask for fewer clusters"),
+        (dict(num_clusters=0, num_iters=1), "at least 1"),
+        (dict(num_clusters=2, num_iters=0), "num_iters must be at least 1, got 0"),
+        (dict(num_clusters=2, num_iters=1, init="far"), "init must be one of random, kmeans"),
+        (dict(num_clusters=2, num_iters=1, centroids=x[:, :, :3]), r"centroids must be \[1, 1, 2, 8\]"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            kmeans(x, **given_)
