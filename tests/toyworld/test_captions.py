@@ -7,7 +7,9 @@ from vdit_ext.toyworld import captions, scene
 
 
 def test_every_scene_reads_back_from_its_own_caption():
-    words = itertools.product(scene.THING_COLOURS, scene.SHAPES, scene.MOTIONS, scene.BACKGROUND_COLOURS, scene.TEXTURES)
+    words = itertools.product(
+        scene.THING_COLOURS, scene.SHAPES, scene.MOTIONS, scene.BACKGROUND_COLOURS, scene.TEXTURES
+    )
     for colour, shape, motion, over, texture in words:
         spec = scene.SceneSpec((scene.ThingSpec(colour, shape, motion),), scene.BackgroundSpec(over, texture))
         assert captions.parse(captions.caption(spec)) == spec
@@ -28,7 +30,10 @@ def test_other_ways_to_say_it_give_the_canonical_caption(said, meant):
 @pytest.mark.parametrize(
     ("prompt", "parts"),
     [
-        ("a red disk bounces over blue stripes", ['"disk"', "disc, square, triangle, ring", 'did you mean "disc"?']),
+        (
+            "a red disk bounces over blue stripes",
+            ['"disk"', "disc, square, triangle, ring", 'did you mean "disc"?'],
+        ),
         ("a mauve disc bounces over blue stripes", ['"mauve"', "a colour", "red, green"]),
         ("a red disc swims over blue stripes", ['"swims"', "bounces, slides, rises, falls"]),
         ("a red disc slides up over blue stripes", ['"up"', "left, right"]),

@@ -5,7 +5,9 @@ from vdit_ext.toyworld import codec
 
 
 def test_decode_is_the_inverse_of_encode_for_every_byte():
-    frames = torch.randint(0, 256, (2, 16, 96, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    frames = torch.randint(
+        0, 256, (2, 16, 96, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     latents = codec.encode(frames)
     assert latents.shape == (2, 54, 8, 32, 32)
     assert latents.dtype == torch.float32

@@ -28,8 +28,10 @@ def test_training_forward_equals_the_forward_of_the_class(tiny, side):
 def test_gradients_of_the_training_forward_equal_those_of_the_class(tiny):
     latents, timestep, prompt = torch.randn(1, 54, 2, 8, 8), torch.tensor([500.0]), text.encode([""])
     grads = []
-    for run in (lambda: tiny(latents, timestep, prompt, return_dict=False)[0],
-                lambda: model.forward_frames(tiny, latents, torch.arange(2)[None], timestep, prompt)):
+    for run in (
+        lambda: tiny(latents, timestep, prompt, return_dict=False)[0],
+        lambda: model.forward_frames(tiny, latents, torch.arange(2)[None], timestep, prompt),
+    ):
         tiny.zero_grad()
         run().square().mean().backward()
         grads.append({name: p.grad.clone() for name, p in tiny.named_parameters()})

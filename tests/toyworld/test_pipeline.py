@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from vdit_ext import toyworld  # noqa: E402
-from vdit_ext.toyworld import check, codec, pipeline  # noqa: E402
+from vdit_ext import toyworld
+from vdit_ext.toyworld import check, codec, pipeline
 
 EXAMPLE = "a red disc bounces over blue stripes"
 
@@ -27,7 +27,14 @@ def test_the_weights_are_small_and_their_making_is_recorded():
     assert len((folder / "toy_t2v_loss.csv").read_text().splitlines()) > 10
 
 
-@pytest.mark.parametrize(("prompt", "seed"), [(EXAMPLE, 0), ("a yellow square slides right over green checks", 1), ("a white ring rises over plain pink", 2)])
+@pytest.mark.parametrize(
+    ("prompt", "seed"),
+    [
+        (EXAMPLE, 0),
+        ("a yellow square slides right over green checks", 1),
+        ("a white ring rises over plain pink", 2),
+    ],
+)
 def test_seeded_samples_show_what_was_asked(pipe, prompt, seed):
     result = pipe(prompt, seed=seed, num_inference_steps=12)
     assert result.frames.shape == (16, 96, 96, 3)
@@ -39,7 +46,9 @@ def test_seeded_samples_show_what_was_asked(pipe, prompt, seed):
 
 def test_a_seed_repeats_and_the_callback_counts_steps(pipe):
     told = []
-    first = pipe(EXAMPLE, seed=5, num_inference_steps=2, callback=lambda step, total: told.append((step, total)))
+    first = pipe(
+        EXAMPLE, seed=5, num_inference_steps=2, callback=lambda step, total: told.append((step, total))
+    )
     again = pipe(EXAMPLE, seed=5, num_inference_steps=2)
     assert told == [(1, 2), (2, 2)]
     assert torch.equal(first.latents, again.latents)

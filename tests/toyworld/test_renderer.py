@@ -3,7 +3,10 @@ import pytest
 
 from vdit_ext.toyworld import captions, render, scene
 
-PROMPTS = [f"a red {shape} {motion} over blue stripes" for shape, motion in zip(scene.SHAPES * 2, scene.MOTIONS, strict=False)]
+PROMPTS = [
+    f"a red {shape} {motion} over blue stripes"
+    for shape, motion in zip(scene.SHAPES * 2, scene.MOTIONS, strict=False)
+]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -36,12 +39,17 @@ def test_the_centre_track_follows_the_mask(shape):
     y, x = np.mgrid[:96, :96] + 0.5
     seen = np.array([[x[m].mean(), y[m].mean()] for m in clip.masks[0]])
     drift = seen - clip.centres[0]
-    assert np.abs(drift[:, 0]).max() < 0.3
-    assert np.ptp(drift[:, 1]) < 0.3  # a triangle's centre of mass lies below its drawn centre, always by the same
+    assert np.abs(drift[:, 0]).max() < 0.55  # whole pixels of a square lie up to half a pixel off
+    assert (
+        np.ptp(drift[:, 1]) < 0.3
+    )  # a triangle's centre of mass lies below its drawn centre, always by the same
     assert 14 <= clip.radii[0] <= 18
 
 
-@pytest.mark.parametrize(("motion", "way"), [("slides left", (-1, 0)), ("slides right", (1, 0)), ("rises", (0, -1)), ("falls", (0, 1))])
+@pytest.mark.parametrize(
+    ("motion", "way"),
+    [("slides left", (-1, 0)), ("slides right", (1, 0)), ("rises", (0, -1)), ("falls", (0, 1))],
+)
 def test_straight_motions_go_the_named_way_and_stay_in_the_picture(motion, way):
     for seed in range(20):
         clip = render(captions.parse(f"a blue disc {motion} over plain grey"), seed)
@@ -60,7 +68,9 @@ def test_drawing_some_frames_gives_those_of_the_whole_clip():
 
 def test_a_thing_in_front_hides_the_one_behind_it_in_the_masks():
     thing = captions.parse("a red disc falls over plain blue").things[0]
-    spec = scene.SceneSpec((thing, scene.ThingSpec("white", "square", "falls")), scene.BackgroundSpec("blue", "plain"))
+    spec = scene.SceneSpec(
+        (thing, scene.ThingSpec("white", "square", "falls")), scene.BackgroundSpec("blue", "plain")
+    )
     rendered = render(spec, 1)
     assert rendered.masks.shape[0] == 2
     assert not (rendered.masks[0] & rendered.masks[1]).any()

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from vdit_ext.toyworld import model, train  # noqa: E402
+from vdit_ext.toyworld import model, train
 
 TINY = model.CONFIG | dict(num_attention_heads=1, ffn_dim=32, num_layers=1)
 SETTINGS = train.Settings(steps=4, stages=((0.5, 1, 2), (1.0, 2, 1)), warmup_steps=2, config=TINY)

@@ -90,4 +90,5 @@ class _Words:
 
     def end(self) -> None:
         if self.words:
-            raise ValueError(f'expected the prompt to end after the background but got "{self.words[0]}", as in "{EXAMPLE}"')
+            more = self.words[0]
+            raise ValueError(f'expected an end after the background but got "{more}", as in "{EXAMPLE}"')

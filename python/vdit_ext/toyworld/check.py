@@ -33,7 +33,8 @@ def measure(frames: np.ndarray, spec: scene.SceneSpec) -> dict:
     """
     frames = np.asarray(frames)
     if frames.ndim != 4 or frames.shape[1:] != (*scene.SIZE, 3):
-        raise ValueError(f"expected frames [f, {scene.SIZE[0]}, {scene.SIZE[1]}, 3], got {frames.shape}; decode the latents first")
+        h, w = scene.SIZE
+        raise ValueError(f"expected frames [f, {h}, {w}, 3], got {frames.shape}; decode the latents first")
     (thing,) = spec.things
     plate = renderer.background_plate(spec).astype(np.float32)
     pixels = frames.astype(np.float32)
@@ -77,9 +78,7 @@ def _largest_piece(mask: np.ndarray) -> np.ndarray:
     """The largest connected part, so that a stray speck does not pull the centre; empty when tiny."""
     label = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:  # spread the largest number through each piece
-        padded = np.pad(label, 1)
-        spread = np.maximum.reduce([padded[1:-1, 1:-1], padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
-        spread = np.where(mask, spread, 0)
+        spread = np.where(mask, np.maximum.reduce(_with_neighbours(label)), 0)
         if (spread == label).all():
             break
         label = spread
@@ -87,6 +86,12 @@ def _largest_piece(mask: np.ndarray) -> np.ndarray:
     if not len(names) or sizes.max() < 60:
         return np.zeros_like(mask)
     return label == names[sizes.argmax()]
+
+
+def _with_neighbours(picture: np.ndarray) -> list[np.ndarray]:
+    """A picture and its shifts by one pixel up, down, left and right."""
+    padded = np.pad(picture, 1)
+    return [padded[1:-1, 1:-1], padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
 
 
 def _centre(mask: np.ndarray) -> np.ndarray:
@@ -147,7 +152,7 @@ def _name_shape(masks: np.ndarray) -> str | None:
 
 
 def _overlap(mask: np.ndarray, shape: str, middle: np.ndarray, radius: float) -> float:
-    at = middle + (0, _DROP[shape] * radius)
+    at = middle + np.array([0, _DROP[shape] * radius])
     drawn = renderer.shape_cover(shape, radius, at[None])[0] >= 0.5
     return (drawn & mask).sum() / max(1, (drawn | mask).sum())
 
@@ -178,8 +183,7 @@ def _background_error(pixels: np.ndarray, masks: np.ndarray, plate: np.ndarray) 
 
 def _grown(mask: np.ndarray, pixels: int) -> np.ndarray:
     for _ in range(pixels):
-        padded = np.pad(mask, 1)
-        mask = padded[1:-1, 1:-1] | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+        mask = np.logical_or.reduce(_with_neighbours(mask))
     return mask
 
 
@@ -200,7 +204,8 @@ def evaluate(pipe, prompts: int, seed: int = 1000, progress=None, **sampling) ->
         frames = pipe(prompt, seed=seed + i, **sampling).frames
         result = measure(frames, spec)
         result.pop("track")
-        cases.append({"prompt": prompt, "seed": seed + i, "seconds": round(time.monotonic() - began, 2), **result})
+        seconds = round(time.monotonic() - began, 2)
+        cases.append({"prompt": prompt, "seed": seed + i, "seconds": seconds, **result})
         clips.append(frames)
         if progress is not None:
             progress(i + 1, prompts, cases[-1])
@@ -224,11 +229,13 @@ def main(
     """Sample many prompts and print how many clips show what was asked."""
     from .pipeline import WEIGHTS, load_pipeline
 
-    sampling = ({"num_inference_steps": steps} if steps else {}) | ({"guidance_scale": guidance} if guidance >= 0 else {})
+    sampling = {"num_inference_steps": steps} if steps else {}
+    sampling |= {"guidance_scale": guidance} if guidance >= 0 else {}
 
     def say(done, total, case):
         missed = [part for part in PARTS[:-1] if not case[part]]
-        print(f"{done}/{total} {case['prompt']}: {'ok' if not missed else 'not ' + ', '.join(missed)}", flush=True)
+        verdict = f"not {', '.join(missed)}" if missed else "ok"
+        print(f"{done}/{total} {case['prompt']}: {verdict}", flush=True)
 
     result, clips = evaluate(load_pipeline(folder=weights or WEIGHTS), prompts, seed, say, **sampling)
     print("  ".join(f"{part} {rate:.0%}" for part, rate in result["rates"].items()))

@@ -22,10 +22,12 @@ def encode(frames: torch.Tensor) -> torch.Tensor:
     Raises ValueError when f is not a multiple of 2, or h or w not of 3.
     """
     if frames.ndim != 5 or frames.shape[-1] != 3:
-        raise ValueError(f"expected frames [b, f, h, w, 3], got shape {tuple(frames.shape)}; add the batch axis or colours")
+        came = tuple(frames.shape)
+        raise ValueError(f"expected frames [b, f, h, w, 3], got shape {came}; add the batch axis or colours")
     b, f, h, w, _ = frames.shape
     if f % FRAMES or h % ROWS or w % COLUMNS:
-        raise ValueError(f"expected frames in multiples of {FRAMES} and pixels in multiples of {ROWS}, got {f}, {h} and {w}; crop or pad the clip")
+        wanted = f"frames in multiples of {FRAMES} and pixels in multiples of {ROWS}"
+        raise ValueError(f"expected {wanted}, got {f}, {h} and {w}; crop or pad the clip")
     x = frames.to(torch.float32) / 127.5 - 1
     x = x.view(b, f // FRAMES, FRAMES, h // ROWS, ROWS, w // COLUMNS, COLUMNS, 3)
     x = x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)  # [b, f/2, h/3, w/3, 54]
@@ -43,7 +45,10 @@ def decode_float(latents: torch.Tensor) -> torch.Tensor:
     Raises ValueError when the latents do not have 54 channels.
     """
     if latents.ndim != 5 or latents.shape[1] != CHANNELS:
-        raise ValueError(f"expected latents [b, {CHANNELS}, f, h, w], got shape {tuple(latents.shape)}; pass what encode returned")
+        came = tuple(latents.shape)
+        raise ValueError(
+            f"expected latents [b, {CHANNELS}, f, h, w], got shape {came}; pass what encode returned"
+        )
     b, _, f, h, w = latents.shape
     x = latents.to(torch.float32).permute(0, 2, 3, 4, 1) @ _basis(latents.device) / SCALE
     x = x.view(b, f, h, w, FRAMES, ROWS, COLUMNS, 3).permute(0, 1, 4, 2, 5, 3, 6, 7)

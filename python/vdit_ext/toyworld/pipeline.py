@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from . import captions, codec, model, scene, text
@@ -49,7 +48,8 @@ class ToyPipeline:
         scheduler = scheduler or UniPCMultistepScheduler(
             prediction_type="sample", use_flow_sigmas=True, flow_shift=FLOW_SHIFT
         )
-        self.wan = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer)
+        parts = dict(tokenizer=None, text_encoder=None, vae=None)
+        self.wan = WanPipeline(**parts, scheduler=scheduler, transformer=transformer)
         self.wan.set_progress_bar_config(disable=True)
 
     @property
@@ -119,7 +119,8 @@ def load_pipeline(dtype: torch.dtype = torch.float32, folder: Path = WEIGHTS, na
     data = _read(path)
     came = hashlib.sha256(data).hexdigest()
     if came != card["sha256"]:
-        raise ValueError(f"{path.name}: expected sha256 {card['sha256'][:12]}... as in {name}.json, got {came[:12]}...; install the package again")
+        wanted = f"sha256 {card['sha256'][:12]}... as in {name}.json"
+        raise ValueError(f"{path.name}: expected {wanted}, got {came[:12]}...; install the package again")
     transformer = model.build(card["config"])
     _fill(transformer, load(data), path.name)
     return ToyPipeline(transformer.to(dtype).eval().requires_grad_(False))
@@ -133,13 +134,16 @@ def read_card(folder: Path = WEIGHTS, name: str = NAME) -> dict:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name}: expected JSON, got {error}; install the package again") from None
     if card.get("world_version") != scene.WORLD_VERSION:
-        raise ValueError(f"{path.name}: expected weights of toy world {scene.WORLD_VERSION}, got {card.get('world_version')}; train again")
+        came, wanted = card.get("world_version"), scene.WORLD_VERSION
+        raise ValueError(f"{path.name}: expected weights of toy world {wanted}, got {came}; train again")
     return card
 
 
 def _read(path: Path) -> bytes:
     if not path.is_file():
-        raise ValueError(f"expected the toy weights at {path.name}, found no such file; install the package again or train them")
+        raise ValueError(
+            f"expected a file {path.name}, got none there; install the package again or train the weights"
+        )
     return path.read_bytes()
 
 
@@ -149,7 +153,8 @@ def _fill(transformer, tensors: dict[str, torch.Tensor], name: str) -> None:
         if key not in wanted or key not in tensors or wanted[key].shape != tensors[key].shape:
             expected = tuple(wanted[key].shape) if key in wanted else "no such tensor"
             came = tuple(tensors[key].shape) if key in tensors else "none"
-            raise ValueError(f"{name}: expected {key} {expected}, got {came}; these weights belong to another model")
+            problem = f"expected {key} {expected}, got {came}"
+            raise ValueError(f"{name}: {problem}; these weights belong to another model")
     with torch.no_grad():
         for key, parameter in wanted.items():
             parameter.copy_(tensors[key])

@@ -11,7 +11,8 @@ def contact_sheet(clips: list[np.ndarray], shown: int = 6, columns: int = 2, gap
     rows = []
     for frames in clips:
         index = np.linspace(0, len(frames) - 1, shown).round().astype(int)
-        rows.append(np.concatenate([np.pad(frames[i], ((gap, 0), (gap, 0), (0, 0)), constant_values=255) for i in index], 1))
+        border = ((gap, 0), (gap, 0), (0, 0))
+        rows.append(np.concatenate([np.pad(frames[i], border, constant_values=255) for i in index], 1))
     rows += [np.full_like(rows[0], 255)] * (-len(rows) % columns)
     depth = len(rows) // columns
     return np.concatenate([np.concatenate(rows[c * depth : (c + 1) * depth], 0) for c in range(columns)], 1)

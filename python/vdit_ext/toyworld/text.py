@@ -12,14 +12,16 @@ MAX_TOKENS = 12
 WORD_SLOTS = 84  # room for the words of later worlds
 TEXT_DIM = WORD_SLOTS + MAX_TOKENS
 # Order is part of the weights: append new words at the end.
-VOCABULARY = (
-    "a over "
-    "red green blue yellow white purple "
-    "disc square triangle ring "
-    "bounces slides left right rises falls "
-    "grey brown pink "
-    "stripes checks dots plain"
-).split()
+# fmt: off
+VOCABULARY = [
+    "a", "over",
+    "red", "green", "blue", "yellow", "white", "purple",
+    "disc", "square", "triangle", "ring",
+    "bounces", "slides", "left", "right", "rises", "falls",
+    "grey", "brown", "pink",
+    "stripes", "checks", "dots", "plain",
+]
+# fmt: on
 _WORD_SIZE, _PLACE_SIZE = 4.0, 2.0  # a token's code has norm about 4.5 against 96 dimensions
 
 
