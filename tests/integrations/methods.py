@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
+
 from vdit_ext.sparse.plan import BlockPlan, StepInfo, TokenLayout
 
 
@@ -74,7 +75,11 @@ class Banded:
             return None
         # A fixed permutation without a generator, which a compiled block could not hold: multiply by a unit.
         length = layout.num_tokens
-        step = next(s for s in range(length // 2 + 1, 2 * length) if torch.gcd(torch.tensor(s), torch.tensor(length)) == 1)
+        step = next(
+            s
+            for s in range(length // 2 + 1, 2 * length)
+            if torch.gcd(torch.tensor(s), torch.tensor(length)) == 1
+        )
         return (torch.arange(length) * step % length).int()
 
     def reset(self, state: State) -> None:
@@ -89,5 +94,3 @@ class ShareGated(Banded):
 
     def is_dense(self, info: StepInfo, layer: int) -> bool:
         return info.step < 0.5 * info.num_steps
-
-

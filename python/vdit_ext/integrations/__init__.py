@@ -27,6 +27,7 @@ def __getattr__(name: str) -> Any:
         if error.name != "diffusers":
             raise
         raise ImportError(
-            f"vdit_ext.{name}: diffusers is expected to be installed, it is not; run `pip install 'vdit-ext[video]'`"
+            f"vdit_ext.{name}: diffusers is expected to be installed, it is not; run "
+            "`pip install 'vdit-ext[video]'`"
         ) from error
     return getattr(home, name)

@@ -59,9 +59,7 @@ def _wan_layout(model: nn.Module, given: dict[str, Any]) -> TokenLayout:
 
 # Class name in diffusers to how it is accelerated; a new model is a new line.
 MODELS: dict[str, ModelEntry] = {
-    "WanTransformer3DModel": ModelEntry(
-        _wan_attentions, WanSelfAttentionProcessor, _wan_layout, WanTokenOrder
-    ),
+    "WanTransformer3DModel": ModelEntry(_wan_attentions, WanSelfAttentionProcessor, _wan_layout, WanTokenOrder),
 }
 
 
@@ -75,34 +73,39 @@ def accelerate(
 ) -> Handle:
     """Give the self-attention layers of a diffusers transformer to a sparse method, in place and undoably.
 
-    Cross-attention stays as it is, and so do the weights. In steps that the method calls dense, the model computes
-    what it did before, bit for bit.
+    Cross-attention stays as it is, and so do the weights. In steps that the method calls dense in every layer,
+    the model computes what it did before, bit for bit.
 
     Args:
-        model_or_pipeline: a transformer of a class in :data:`MODELS`, or a pipeline that holds such transformers as
-            ``transformer`` and ``transformer_2`` (Wan 2.2); both are accelerated, and their steps are counted
-            together. Compile after this call, with ``compile_repeated_blocks(fullgraph=True)``.
+        model_or_pipeline: a transformer of a class in :data:`MODELS`, or a pipeline that holds such models
+            as ``transformer`` and ``transformer_2`` (Wan 2.2); both are accelerated, and their steps are
+            counted together. It may be compiled before or after, with
+            ``compile_repeated_blocks(fullgraph=True)``: that makes one graph for dense and one for sparse
+            attention, whatever the number of layers and steps.
         sparse: a method of :mod:`vdit_ext.sparse`. None keeps every layer dense and only counts.
-        on_unsupported: what happens when the kernels cannot serve a layer (head size, dtype, device, a mask):
+        on_unsupported: what happens when the kernels cannot serve a layer (head size, dtype, device, mask):
             "error" raises, "dense" runs upstream's attention, "reference" runs the slow definition of the op,
             which a compiled block cannot contain, and which takes no mask.
-        num_inference_steps: denoising steps of one video, at least 1. None takes it from the pipeline's scheduler;
-            a transformer alone has none, and methods that make a share of the steps dense then refuse.
+        num_inference_steps: denoising steps of one video, at least 1. None takes it from the pipeline's
+            scheduler. A transformer alone has none: methods that make a share of the steps dense then decide by
+            timestep, or refuse.
         collect_stats: count calls, density and FLOPs on the device; see :meth:`Handle.stats`.
 
     Returns:
-        A :class:`Handle`. Steps are counted from the ``timestep`` of the calls: a lower one is the next step, and a
-        higher one, or the end of a pipeline call, begins a new video and forgets what was learned. Loops that sample
-        otherwise call ``handle.reset()``.
+        A :class:`Handle`. Steps are counted from the ``timestep`` of the calls: a lower one is the next step,
+        and a higher one, or the end of a pipeline call, begins a new video and forgets what was learned. Loops
+        that sample otherwise call ``handle.reset()``. Calls at one timestep are the conditional and the
+        unconditional one in turn, unless ``model.cache_context`` names them.
 
     Raises:
         TypeError: no diffusers model or pipeline of a known class.
-        ValueError: already accelerated, an option out of its range, or, where it can be known now, a layer that the
-            kernels do not support. What only a call shows (autocast, a mask, a move to another device) raises there.
+        ValueError: already accelerated, an option out of its range, or, where it can be known now, a layer that
+            the kernels do not support. What only a call shows (autocast, a mask, another device) raises there.
     """
     if on_unsupported not in POLICIES:
         raise ValueError(
-            f'vdit_ext.accelerate: on_unsupported must be "error", "dense" or "reference", got {on_unsupported!r}'
+            'vdit_ext.accelerate: on_unsupported must be "error", "dense" or "reference", got '
+            f"{on_unsupported!r}"
         )
     if num_inference_steps is not None and num_inference_steps < 1:
         raise ValueError(
@@ -246,10 +249,11 @@ class Handle:
         """What runs in each self-attention layer and why.
 
         Returns:
-            A list that prints as a table, of dicts with: ``model``, ``layer``, ``method``; ``dense_steps``, the step
-            numbers that are dense, as far as known before they run; ``backend``: "cpu" or "sm80" kernels, "naive"
-            definition, or "upstream" attention; ``dtype``, ``heads``, ``head_dim``; ``reason``, a sentence;
-            and ``ran_dense``, ``ran_sparse``, lists of the steps of the current video that ran so.
+            A list that prints as a table, of dicts with: ``model``, ``layer``, ``method``; ``dense_steps``, the
+            step numbers that are dense, as far as known before they run; ``backend`` of the other steps: "cpu"
+            or "sm80" kernels, "naive" definition, or "upstream" attention; ``dtype``, ``heads``, ``head_dim``;
+            ``reason``, a sentence; and ``ran_dense``, ``ran_sparse``, lists of the steps of the current video
+            that were called so.
         """
         return Explanation(self._row(one, i) for one in self._attached for i in range(len(one.layers)))
 
@@ -278,11 +282,11 @@ class Handle:
         """What was computed since :func:`accelerate`, or since ``reset(stats=True)``. Waits for the device.
 
         Returns:
-            A dict with ``dense_calls`` and ``sparse_calls`` of single layers; ``density``, the mean share 0..1 of
-            query-key pairs kept in sparse calls, NaN without any; ``attention_flops`` of the self-attention
-            products as computed and ``dense_attention_flops`` as they would be without a method; ``video_steps``,
-            steps of the current video so far; and ``layers``, a list of dicts with ``model``, ``layer`` and the
-            first five of these.
+            A dict with ``dense_calls`` and ``sparse_calls`` of single layers; ``density``, the mean share 0..1
+            of query-key pairs kept in sparse calls, NaN without any; ``attention_flops`` of the self-attention
+            products as computed and ``dense_attention_flops`` as they would be without a method;
+            ``video_steps``, steps of the current video so far; and ``layers``, a list of dicts with ``model``,
+            ``layer`` and the first five of these.
         """
         layers = []
         total = torch.zeros(5, dtype=torch.float64)
@@ -349,13 +353,14 @@ def _transformers(model_or_pipeline: Any) -> dict[str, nn.Module]:
 def _check(model: nn.Module, method: SparseMethod | None, on_unsupported: str) -> None:
     if handle_of(model) is not None:
         raise ValueError(
-            f"vdit_ext.accelerate: {type(model).__name__} is accelerated already; call undo() on the first handle"
+            f"vdit_ext.accelerate: {type(model).__name__} is accelerated already; call undo() on the first "
+            "handle"
         )
     for name, attn in _attentions(model).items():
         refuse_parallel(attn.processor, name)
         if method is not None and on_unsupported == "error" and (gap := _layer_gap(attn)) is not None:
             raise ValueError(
-                f"vdit_ext.accelerate: {name}: {gap}; on_unsupported may be set to \"dense\" or \"reference\""
+                f'vdit_ext.accelerate: {name}: {gap}; on_unsupported may be set to "dense" or "reference"'
             )
 
 

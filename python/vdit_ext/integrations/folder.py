@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.utils import is_accelerate_available
 
 from .diffusers import MODELS
 
@@ -24,7 +25,8 @@ def load_pipeline(path: str | Path, *, dtype: torch.dtype | None = None) -> Any:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: not a diffusers pipeline, or one whose transformer :func:`accelerate` does not know.
+        ValueError: not a diffusers pipeline, one whose transformer :func:`accelerate` does not know, or the
+            package accelerate is missing, without which diffusers loads no Wan model.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -43,8 +45,13 @@ def load_pipeline(path: str | Path, *, dtype: torch.dtype | None = None) -> Any:
             f"vdit_ext.load_pipeline: {folder} must hold a pipeline class of diffusers "
             f"{diffusers.__version__}, got {index.get('_class_name')}"
         )
+    if not is_accelerate_available():
+        raise ValueError(
+            "vdit_ext.load_pipeline: the package accelerate is expected to be installed, it is not; run "
+            "`pip install accelerate`, which diffusers needs to load this model"
+        )
     try:
-        return loader.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
+        return loader.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"vdit_ext.load_pipeline: {folder} could not be loaded: {reason}") from error

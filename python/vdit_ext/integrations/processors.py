@@ -141,10 +141,12 @@ class SparseProcessor:
         Raises:
             ValueError: a sentence, when the kernels cannot serve the call and ``on_unsupported`` is "error".
         """
-        policy = self.refuse(query, mask)
+        policy = self.refuse(query, value, mask)
         if self.method is None or policy == "dense":
             return self.attend_dense(query, key, value, mask)
-        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [b, h, s, d] views
+        # Autocast norms are fp32; upstream's attention would narrow q and k again, as is done here.
+        q, k = query.to(value.dtype).transpose(1, 2), key.to(value.dtype).transpose(1, 2)  # [b, h, s, d] views
+        v = value.transpose(1, 2)
         if self.dense:
             if self.method.observes_dense_steps and self.state is not None and policy != "reference":
                 self.method.observe(q, k, self.layout, self.state)
@@ -172,14 +174,16 @@ class SparseProcessor:
             parallel_config=None,
         )
 
-    def refuse(self, query: Tensor, mask: Tensor | None) -> str:
-        """"kernel", or the policy to follow because the kernels cannot serve this call; raises for "error"."""
+    def refuse(self, query: Tensor, value: Tensor, mask: Tensor | None) -> str:
+        """The word "kernel", or the policy where the kernels cannot serve this call; "error" raises."""
         if self.method is None:
             return "kernel"
         if mask is not None:
             gap = f"attention_mask must be None for sparse attention, got a mask of shape {list(mask.shape)}"
         else:
-            gap = self.device_gap or kernel_gap(query.shape[-1], query.dtype, query.device.type)
+            gap = self.device_gap or kernel_gap(value.shape[-1], value.dtype, value.device.type)
+            if gap is None and query.requires_grad:
+                gap = "gradients must not be asked for, call the model under torch.no_grad()"
         self.reason = gap
         if gap is None:
             return "kernel"

@@ -153,8 +153,8 @@ class WanTokenOrder:
         if self.order is None:
             return None
         moved = grid.flatten(2).index_select(2, self.order).view(grid.shape)  # [b, c, f, y, x]
-        # NOTE: the strides must be those of `grid`: compiled blocks are specialised on them, and for a batch of 1
-        # the model's own reshaping carries an irregular first stride through to the blocks.
+        # NOTE: the strides must be those of `grid`: compiled blocks are specialised on them, and for a batch
+        # of 1 the model's own reshaping carries an irregular first stride through to the blocks.
         return torch.empty_like(grid).copy_(moved)
 
     def _after_proj_out(self, module: nn.Module, args: tuple, tokens: Tensor) -> Any:
@@ -341,8 +341,8 @@ def is_dense(method: SparseMethod, info: StepInfo, layer: int) -> bool:
         if info.num_steps is not None:
             raise
         raise ValueError(
-            f"vdit_ext.accelerate: {method.name} takes its dense steps as a share of all steps, whose number must "
-            "be known: pass num_inference_steps, or the pipeline instead of its transformer"
+            f"vdit_ext.accelerate: {method.name} takes its dense steps as a share of all steps, whose number "
+            "must be known: pass num_inference_steps, or the pipeline instead of its transformer"
         ) from error
 
 
