@@ -231,3 +231,32 @@ def perf(seqlen: int = 8192, heads: int = 8) -> list[AttentionCase]:
                 )
             )
     return cases
+
+
+# Shapes of video models at 720p: tokens, heads, head dim, query and key clusters of SVG2's scripts.
+REAL = {
+    "hunyuan": (119_056, 24, 128, 400, 1000),
+    "wan14b": (75_600, 40, 128, 300, 1000),
+    "cogvideox": (45_106, 48, 64, 100, 500),
+}
+
+
+def real(model: str) -> list[AttentionCase]:
+    """The cases that bench/ times on a GPU at a model's own shape, a key of :data:`REAL`."""
+    seqlen, heads, dim, q_clusters, k_clusters = REAL[model]
+    blocks = [(f"b{n}", n, n, rho) for n, rho in ((128, 0.1), (128, 0.25), (128, 0.5), (64, 0.25))]
+    variable = f"var{q_clusters}x{k_clusters}"
+    blocks += [(variable, f"random:{q_clusters}", f"random:{k_clusters}", rho) for rho in (0.1, 0.25, 0.5)]
+    return [
+        C(
+            f"{model}_{name}_rho{rho}",
+            heads=heads,
+            seqlen_q=seqlen,
+            seqlen_kv=seqlen,
+            head_dim=dim,
+            q_block=q_block,
+            kv_block=kv_block,
+            density=rho,
+        )
+        for name, q_block, kv_block, rho in blocks
+    ]

@@ -1,0 +1,282 @@
+"""The protocol of every bench: check first, then time what passed, our op and its peers in turn.
+
+A family module (``bench_<family>.py``) yields :class:`Group`; :func:`measure` turns each into plain rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Peer:
+    """What a case is compared with.
+
+    Attributes:
+        name: as shown in the table.
+        call: key into :attr:`Group.calls`; None where the peer cannot run here.
+        scale: the ratio is ours / (scale * peer); the kept density, where the peer computes everything.
+        check: raises when the peer's result is not what ours must be; None where it computes something else on
+            purpose (dense attention).
+        reason: why it cannot run here.
+    """
+
+    name: str
+    call: str | None = None
+    scale: float = 1.0
+    check: Callable[[Any], None] | None = None
+    reason: str = ""
+
+
+@dataclass
+class Case:
+    """One call of one op.
+
+    Attributes:
+        call: what is timed.
+        check: raises AssertionError unless the result is the definition's.
+        flops, nbytes, exps: work that the op must do at least: arithmetic actually asked for, every tensor read
+            or written once, exponentials.
+        target: (peer, ratio that may not be exceeded), or None.
+        sizes: whatever identifies the case, for the JSON.
+    """
+
+    op: str
+    name: str
+    dtype: torch.dtype
+    call: Callable[[], Any]
+    check: Callable[[Any], None]
+    flops: float = 0.0
+    nbytes: float = 0.0
+    exps: float = 0.0
+    peers: list[Peer] = field(default_factory=list)
+    target: tuple[str, float] | None = None
+    sizes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Group:
+    """Cases over the same tensors, timed in turn, with the peers that they share."""
+
+    name: str
+    device: str
+    cases: list[Case]
+    calls: dict[str, Callable[[], Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to time.
+
+    Attributes:
+        seconds: what the timing of one group aims for; checks, which warm up, are not included.
+        min_rounds, max_rounds: bounds on the number of rounds, whatever ``seconds`` says.
+    """
+
+    seconds: float = 10.0
+    min_rounds: int = 5
+    max_rounds: int = 51
+
+
+def short(error: BaseException | str) -> str:
+    """The first line of an error, without the paths of this machine."""
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    lines = text.strip().splitlines() or [""]
+    return re.sub(r"(/[\w.+-]+){2,}", lambda m: m.group(0).rsplit("/", 1)[-1], lines[0])[:300]
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """New tensors are filled with NaN, so that an element that no kernel wrote fails the check."""
+    fill, strict = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def interleave(calls: dict[str, Callable[[], Any]], device: str, settings: Settings) -> dict[str, list[float]]:
+    """Microseconds of each call in each round; every round runs all of them, starting one further on.
+
+    On a GPU the L2 cache is overwritten before each call, and events take the time on the device; that
+    overwriting also gives the host time to queue the launches, so short kernels are not timed as launch gaps.
+    """
+    timer = _EventTimer() if device.startswith("cuda") else _ClockTimer()
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    begun = time.perf_counter()
+    for done in range(settings.max_rounds):
+        spent = time.perf_counter() - begun
+        per_round = spent / done if done else 0.0
+        if done >= settings.min_rounds and spent + per_round > settings.seconds:
+            break
+        shift = done % len(names) if names else 0
+        for name in names[shift:] + names[:shift]:
+            timer.time(name, calls[name])
+        for name, us in timer.collect():
+            samples[name].append(us)
+    return samples
+
+
+class _ClockTimer:
+    def __init__(self) -> None:
+        self._taken: list[tuple[str, float]] = []
+
+    def time(self, name: str, call: Callable[[], Any]) -> None:
+        start = time.perf_counter()
+        call()
+        self._taken.append((name, (time.perf_counter() - start) * 1e6))
+
+    def collect(self) -> list[tuple[str, float]]:
+        taken, self._taken = self._taken, []
+        return taken
+
+
+class _EventTimer:
+    def __init__(self) -> None:
+        # Five times the L2 cache of an H200.
+        self._scrub = torch.empty(2**26, dtype=torch.int32, device="cuda")
+        self._taken: list[tuple[str, Any, Any]] = []
+
+    def time(self, name: str, call: Callable[[], Any]) -> None:
+        self._scrub.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        self._taken.append((name, start, end))
+
+    def collect(self) -> list[tuple[str, float]]:
+        torch.cuda.synchronize()
+        taken, self._taken = self._taken, []
+        return [(name, start.elapsed_time(end) * 1e3) for name, start, end in taken]
+
+
+def check_case(case: Case, device: str) -> str:
+    """Run a case and compare it with the definition: "" when it passed, else what was wrong."""
+    try:
+        with poisoned():
+            result = case.call()
+            synchronize(device)
+        case.check(result)
+    except Exception as error:
+        return short(error) or type(error).__name__
+    return ""
+
+
+def measure(group: Group, settings: Settings, say: Callable[[str], None] = lambda text: None) -> list[dict]:
+    """Check every case, time those that passed, and return one row for each; floors are added by the report."""
+    faults = {}
+    for case in group.cases:
+        faults[id(case)] = check_case(case, group.device)
+        if faults[id(case)]:
+            say(f"{case.op} {case.name}: CHECK FAILED, not timed: {faults[id(case)]}")
+    good = [case for case in group.cases if not faults[id(case)]]
+    # The checks were the warm-up of the cases; trying the peers is theirs.
+    calls: dict[str, Callable[[], Any]] = {f"case {i}": case.call for i, case in enumerate(good)}
+    tried: dict[str, str] = {}
+    for peer in (peer for case in good for peer in case.peers if peer.call is not None):
+        if peer.call not in tried or peer.check is not None:
+            tried[peer.call] = _try_peer(peer, group)
+        if tried[peer.call]:
+            peer.call, peer.reason = None, tried[peer.call]
+        else:
+            calls[peer.call] = group.calls[peer.call]
+    samples = interleave(calls, group.device, settings) if calls else {}
+    rows = []
+    for case in group.cases:
+        row = {
+            "group": group.name,
+            "op": case.op,
+            "case": case.name,
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "device": group.device,
+            "sizes": case.sizes,
+            "flops": case.flops,
+            "bytes": case.nbytes,
+            "exps": case.exps,
+            "check": faults[id(case)] or "passed",
+            "status": "check failed" if faults[id(case)] else "timed",
+        }
+        if not faults[id(case)]:
+            own = samples[f"case {good.index(case)}"]
+            row |= _statistics(own) | _rates(case, statistics.median(own))
+            row["peers"] = {peer.name: _compare(own, peer, samples) for peer in case.peers}
+            row["target"] = _judge(case.target, row["peers"])
+        elif case.target is not None:
+            row["target"] = {"peer": case.target[0], "at_most": case.target[1], "verdict": "check failed"}
+        rows.append(row)
+    _free(group)
+    return rows
+
+
+def _try_peer(peer: Peer, group: Group) -> str:
+    """Run a peer and check what it computes: "" when all is well, else why it is left out."""
+    try:
+        result = group.calls[peer.call]()
+        synchronize(group.device)
+        if peer.check is not None:
+            peer.check(result)
+    except AssertionError as error:
+        return f"its result is not the definition's: {short(str(error))}"
+    except Exception as error:
+        return short(error)
+    return ""
+
+
+def _statistics(us: list[float]) -> dict:
+    return {"us": statistics.median(us), "us_min": min(us), "us_max": max(us), "rounds": len(us), "samples_us": us}
+
+
+def _rates(case: Case, us: float) -> dict:
+    return {"tflops": case.flops / us / 1e6, "gbps": case.nbytes / us / 1e3}
+
+
+def _compare(own: list[float], peer: Peer, samples: dict[str, list[float]]) -> dict:
+    if peer.call is None:
+        return {"reason": peer.reason}
+    theirs = samples[peer.call]
+    # Of one round, hence close in time: a disturbance of the machine hits both.
+    ratios = [a / (peer.scale * b) for a, b in zip(own, theirs, strict=True)]
+    return {
+        "us": statistics.median(theirs),
+        "scale": peer.scale,
+        "ratio": statistics.median(ratios),
+        "ratio_of_minima": min(own) / (peer.scale * min(theirs)),
+        "samples_us": theirs,
+    }
+
+
+def _judge(target: tuple[str, float] | None, peers: dict[str, dict]) -> dict | None:
+    if target is None:
+        return None
+    name, at_most = target
+    ratio = peers.get(name, {}).get("ratio")
+    verdict = "not measured" if ratio is None else "pass" if ratio <= at_most else "fail"
+    return {"peer": name, "at_most": at_most, "measured": ratio, "verdict": verdict}
+
+
+def _free(group: Group) -> None:
+    group.cases.clear()
+    group.calls.clear()
+    gc.collect()
+    if group.device.startswith("cuda"):
+        torch.cuda.empty_cache()

@@ -1,0 +1,149 @@
+#!/usr/bin/env python
+"""Check, time and compare the ops of a family: ``python bench/run.py attention --help``.
+
+Protocol and how to read the table: bench/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import importlib.util
+import re
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT / "tests", ROOT / "bench"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+if importlib.util.find_spec("vdit_ext") is None:
+    sys.path.insert(0, str(ROOT / "python"))
+
+import torch  # noqa: E402
+from harness import Settings, measure, short  # noqa: E402
+from machine import Ceilings, facts, load_average, slug  # noqa: E402
+from report import show, write  # noqa: E402
+
+FAMILIES = ("attention",)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench/run.py", description=__doc__.splitlines()[0])
+    families = parser.add_subparsers(dest="family", required=True, metavar="|".join(FAMILIES))
+    for name in FAMILIES:
+        family = families.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        family.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where usable")
+        family.add_argument("--figures", action="store_true", help="the promised CPU figures against their targets")
+        family.add_argument("--seconds", type=float, default=10.0, help="time for each group, checks not included")
+        family.add_argument("--min-rounds", type=int, default=5, help="at least so many rounds")
+        family.add_argument("--max-rounds", type=int, default=51, help="at most so many rounds")
+        family.add_argument("--budget", type=float, default=0.0, help="seconds after which no group is begun; 0: none")
+        family.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for JSON and Markdown")
+        family.add_argument("--name", default="", help="name of the result files; default: date, machine, family")
+        family.add_argument("--no-files", action="store_true", help="only print")
+        importlib.import_module(f"bench_{name}").add_arguments(family)
+    return parser.parse_args(argv)
+
+
+def resolve_device(device: str) -> str:
+    from vdit_ext import ops
+
+    usable = torch.cuda.is_available() and ops.LIBRARIES["cuda"] == "loaded"
+    if device == "auto":
+        return "cuda" if usable else "cpu"
+    if device == "cuda" and not usable:
+        reason = ops.LIBRARIES["cuda"] if torch.cuda.is_available() else "torch sees no GPU"
+        raise SystemExit(f"--device cuda: {reason}")
+    return device
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> dict:
+    """Measure everything that was selected and return the result that the files hold."""
+    family = importlib.import_module(f"bench_{args.family}")
+    if args.figures:
+        family.apply_figures(args)
+    device = resolve_device(args.device)
+    settings = Settings(args.seconds, args.min_rounds, args.max_rounds)
+    begun = time.perf_counter()
+    load = {"start": load_average()}
+    ceilings = Ceilings(device)
+    ceilings.measure(family.dtypes_of(args, device))
+    rows: list[dict] = []
+    skipped = 0
+    for build in family.groups(args, device):
+        if args.budget and time.perf_counter() - begun > args.budget:
+            skipped += 1
+            continue
+        started = time.perf_counter()
+        try:
+            group = build()
+        except Exception as error:
+            say(f"a group could not be made: {short(error)}")
+            rows.append(unmade(device, short(error)))
+            continue
+        rows += measure(group, settings, say)
+        say(f"{group.name}: {time.perf_counter() - started:.0f} s")
+        del group
+    ceilings.measure(family.dtypes_of(args, device))
+    for row in rows:
+        add_floor(row, ceilings)
+    load["end"] = load_average()
+    if skipped:
+        say(f"{skipped} groups were not begun: the budget of {args.budget:g} s was spent")
+    return {
+        "schema": 1,
+        "family": f"{args.family}-figures" if args.figures else args.family,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": "python bench/run.py " + " ".join(hide_paths(argv)),
+        **facts(),
+        "settings": vars(settings),
+        "seconds": time.perf_counter() - begun,
+        "groups_not_begun": skipped,
+        "load_average": load,
+        "ceilings": [ceilings.describe()],
+        "rows": rows,
+    }
+
+
+def add_floor(row: dict, ceilings: Ceilings) -> None:
+    dtype = getattr(torch, row["dtype"], None)
+    row["floor_us"], row["floor_bound"] = ceilings.floor(row, dtype)
+    row["floor_share"] = row["floor_us"] / row["us"] if row.get("us") else None
+
+
+def unmade(device: str, reason: str) -> dict:
+    """The row of a group whose tensors could not be made."""
+    return {
+        "group": "", "op": "-", "case": "-", "dtype": "-", "device": device, "sizes": {}, "flops": 0.0, "bytes": 0.0,
+        "exps": 0.0, "check": reason, "status": "not made",
+    }  # fmt: skip
+
+
+def hide_paths(argv: list[str]) -> list[str]:
+    """Arguments without absolute folders, which say nothing to a reader elsewhere."""
+    return [re.sub(r"^(--\w+=)?/.*/", r"\1.../", arg) for arg in argv]
+
+
+def say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 1 when a check failed; a missed target is a finding, not an error."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    with torch.inference_mode():
+        result = run(args, argv)
+    show(result)
+    if not args.no_files:
+        name = args.name or f"{result['date'][:10]}_{slug(result)}_{result['family']}"
+        for path in write(result, args.out, name):
+            print(f"wrote {path.name}")
+    return 1 if any(row["status"] != "timed" for row in result["rows"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
