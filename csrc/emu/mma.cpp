@@ -64,42 +64,37 @@ void multiply_m16n8k16(void* const* operands) {
   }
 }
 
-// Byte `i` of four int8 values, sign-extended.
-uint32_t byte_of(uint32_t four, int i) { return static_cast<uint32_t>(static_cast<int8_t>(four >> (8 * i))); }
+// Byte `i` of four int8 values.
+float byte_of(uint32_t four, int i) { return static_cast<int8_t>(four >> (8 * i)); }
 
 }  // namespace
 
 void multiply_m16n8k16_f16(void* const* operands, int) { multiply_m16n8k16<f16_to_float>(operands); }
 void multiply_m16n8k16_bf16(void* const* operands, int) { multiply_m16n8k16<bf16_to_float>(operands); }
 
+// Thirty-two products of int8 are at most 2^19, so fp32 adds them exactly, and faster than integers where the
+// compiler may assume no more than SSE2. Only the accumulator wraps, as the hardware's does.
 void multiply_m16n8k32_s8(void* const* operands, int) {
-  // Unsigned, because sums wrap; a product's low 32 bits are the same either way.
-  uint32_t a[16][32];
-  Row<uint32_t> b[32], d[16];
+  float a[16][32];
+  Row<float> b[32], sum[16];
   for (int lane = 0; lane < 32; ++lane) {
     auto const* const mine = static_cast<MmaOperand*>(operands[lane]);
-    auto const* const c = static_cast<int32_t const*>(mine->d);
     int const g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; ++i) {
-      for (int byte = 0; byte < 4; ++byte) {
-        a[g + i % 2 * 8][t * 4 + byte + i / 2 * 16] = byte_of(mine->a[i], byte);
-      }
-      d[g + i / 2 * 8][t * 2 + i % 2] = static_cast<uint32_t>(c[i]);
-    }
-    for (int i = 0; i < 2; ++i) {
-      for (int byte = 0; byte < 4; ++byte) {
-        b[t * 4 + byte + i * 16][g] = byte_of(mine->b[i], byte);
-      }
+    for (int byte = 0; byte < 4; ++byte) {
+      for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][t * 4 + byte + i / 2 * 16] = byte_of(mine->a[i], byte);
+      for (int i = 0; i < 2; ++i) b[t * 4 + byte + i * 16][g] = byte_of(mine->b[i], byte);
     }
   }
   for (int m = 0; m < 16; ++m) {
-    Row<uint32_t> sum = d[m];
-    for (int k = 0; k < 32; ++k) sum += a[m][k] * b[k];
-    d[m] = sum;
+    Row<float> row = {};
+    for (int k = 0; k < 32; ++k) row += a[m][k] * b[k];
+    sum[m] = row;
   }
   for (int lane = 0; lane < 32; ++lane) {
-    auto* const c = static_cast<int32_t*>(static_cast<MmaOperand*>(operands[lane])->d);
-    for (int i = 0; i < 4; ++i) c[i] = static_cast<int32_t>(d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
+    auto* const d = static_cast<uint32_t*>(static_cast<MmaOperand*>(operands[lane])->d);
+    for (int i = 0; i < 4; ++i) {
+      d[i] += static_cast<uint32_t>(static_cast<int32_t>(sum[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]));
+    }
   }
 }
 
