@@ -82,6 +82,7 @@ def facts() -> dict:
             "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "gpu": gpu_facts(),
+            "niceness": os.nice(0),
             "system": f"{platform.system()} {platform.machine()}",
         },
         "versions": versions(),
@@ -143,11 +144,21 @@ class Ceilings:
         self._measured[name] = max(rate, self._measured.get(name, 0.0))
 
     def _matmul_rate(self, dtype: torch.dtype, seconds: float) -> float:
-        sizes = (4096, 8192) if self.device.startswith("cuda") else (1024, 2048)
+        """Best of several sizes and of the two ways in which torch multiplies matrices.
+
+        A product and a 1x1 convolution reach different libraries on a CPU, of which neither is always the
+        faster; and products of a millisecond fit between two disturbances of a busy machine.
+        """
+        gpu = self.device.startswith("cuda")
         best = 0.0
-        for n in sizes:
+        for n in (4096, 8192) if gpu else (256, 512, 1024):
             a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
-            best = max(best, 2 * n**3 / self._best_seconds(lambda a=a, b=b: a @ b, seconds / len(sizes)))
+            calls = [lambda a=a, b=b: a @ b]
+            if not gpu:
+                image = a.view(1, n, n // 32, 32).contiguous(memory_format=torch.channels_last)
+                calls.append(lambda x=image, w=b[:, :, None, None]: torch.nn.functional.conv2d(x, w))
+            for call in calls:
+                best = max(best, 2 * n**3 / self._best_seconds(call, seconds / (2 * len(calls))))
         return best
 
     def _copy_rate(self, seconds: float) -> float:

@@ -76,7 +76,10 @@ def head_lines(result: dict) -> list[str]:
         lines.append("GPU: none")
     lines.append("Versions: " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()))
     load = result["load_average"]
-    lines.append(f"Load average (1, 5, 15 minutes): {load['start']} at the start, {load['end']} at the end")
+    lines.append(
+        f"Load average (1, 5, 15 minutes): {load['start']} at the start, {load['end']} at the end; "
+        f"niceness {machine['niceness']}"
+    )
     for ceiling in result["ceilings"]:
         rates = [f"{name} {_engineering(rate)}, from the table" for name, rate in ceiling["known"].items()]
         rates += [f"{name} {_engineering(rate)}, best measured in this run" for name, rate in ceiling["measured"].items()]

@@ -17,6 +17,7 @@ from .video import Quality, quality
 
 Callback = Callable[[int, int], None]
 
+
 def keep_settings(name: str, share: float) -> dict[str, float]:
     """The setting that makes a method keep a share (0 to 1) of attention; empty for those that have none.
 
@@ -130,7 +131,7 @@ class FolderSampler:
 
     @classmethod
     def load(cls, folder: Path, *, dtype: str, device: str) -> FolderSampler:
-        """Load ``folder``; OSError or ValueError, one sentence, when it is no pipeline that can be accelerated."""
+        """Load a folder; OSError or ValueError, one sentence, when it is no pipeline for ``accelerate``."""
         import torch
 
         from .integrations import load_pipeline
@@ -139,6 +140,14 @@ class FolderSampler:
         return cls(pipe.to(device), folder.name)
 
     def resolve(self, request: Request) -> Request:
+        patch = self.pipe.transformer.config.patch_size
+        for field, side in (("height", 1), ("width", 2)):
+            value, unit = getattr(request, field), self.pipe.vae_scale_factor_spatial * patch[side]
+            if value is not None and value % unit:
+                raise ValueError(f"{field}: a multiple of {unit} was expected, got {value}")
+        unit = self.pipe.vae_scale_factor_temporal
+        if request.frames is not None and (request.frames - 1) % unit:
+            raise ValueError(f"frames: one more than a multiple of {unit} was expected, got {request.frames}")
         return dataclasses.replace(
             request,
             steps=self.DEFAULT_STEPS if request.steps is None else request.steps,
@@ -258,7 +267,9 @@ def settings_of(method: Any) -> dict[str, Any]:
     if method is None or not dataclasses.is_dataclass(method):
         return {}
     values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    return {k: v if isinstance(v, (bool, int, float, str, type(None))) else _plain(v) for k, v in values.items()}
+    return {
+        k: v if isinstance(v, (bool, int, float, str, type(None))) else _plain(v) for k, v in values.items()
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,7 @@ def tiny(monkeypatch):
     """The sampler that commands get instead of the toy model; loaded once."""
     import torch
     from vdit_cli_tiny import TinySampler
+
     from vdit_ext import compare
 
     sampler = TinySampler()
@@ -32,6 +33,7 @@ def tiny(monkeypatch):
 def vdit(tiny):
     """Call the command with arguments; the result has exit_code, stdout and stderr."""
     from typer.testing import CliRunner
+
     from vdit_ext.cli import app
 
     def call(*arguments):

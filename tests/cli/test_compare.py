@@ -8,6 +8,7 @@ import re
 import pytest
 from PIL import Image
 from vdit_cli_tiny import FRAMES, PROMPT
+
 from vdit_ext.video import read_video
 
 

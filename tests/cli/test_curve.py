@@ -8,9 +8,22 @@ import math
 import pytest
 from PIL import Image
 from vdit_cli_tiny import PROMPT
+
 from vdit_ext.cli.curve import Point, sentence, target
 
-SWEEP = ("curve", "--prompt", PROMPT, "--steps", "3", "--top-ps", "0.3,1", "--keep-ratios", "0.5", "--seeds", "0,1")
+SWEEP = (
+    "curve",
+    "--prompt",
+    PROMPT,
+    "--steps",
+    "3",
+    "--top-ps",
+    "0.3,1",
+    "--keep-ratios",
+    "0.5",
+    "--seeds",
+    "0,1",
+)
 
 
 def point(density, psnr, method="svg2"):
@@ -20,7 +33,11 @@ def point(density, psnr, method="svg2"):
 def test_json_has_every_point_and_a_target_for_each_method(vdit, tmp_path):
     out = tmp_path / "curve"
     result = json.loads(vdit(*SWEEP, "--json", "--out", out).stdout)
-    assert [(p["method"], p["value"]) for p in result["points"]] == [("svg2", 0.3), ("svg2", 1.0), ("draft", 0.5)]
+    assert [(p["method"], p["value"]) for p in result["points"]] == [
+        ("svg2", 0.3),
+        ("svg2", 1.0),
+        ("draft", 0.5),
+    ]
     assert all(p["runs"] == 2 and 0 < p["density"] <= 1 for p in result["points"])
     assert result["points"][0]["density"] < result["points"][1]["density"] == 1
     assert [t["method"] for t in result["targets"]] == ["svg2", "draft"]

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from typer.testing import CliRunner
+
 from vdit_ext.cli import app, doctor
 
 EXPECTED_OPS = {
@@ -24,7 +25,9 @@ def test_json_has_the_documented_keys():
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["healthy"] is True and report["self_check"] == "ok" and report["libraries"]["cpu"] == "loaded"
-    assert {"machine", "versions", "torch", "driver", "cpu", "gpus", "build", "packages", "toy_weights"} <= set(report)
+    assert {"machine", "versions", "torch", "driver", "cpu", "gpus", "build", "packages", "toy_weights"} <= set(
+        report
+    )
     kernels = {row["op"]: row for row in report["kernels"]}
     assert set(kernels) >= EXPECTED_OPS
     assert all(kernels[op]["cpu"] == "yes" for op in EXPECTED_OPS)

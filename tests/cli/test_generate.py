@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-import vdit_ext.video
 from PIL import Image
 from vdit_cli_tiny import FPS, FRAMES, PROMPT, SIZE
+
+import vdit_ext.video
 from vdit_ext.video import read_video, viewing_scale
 
 TINY = Path(__file__).with_name("vdit_cli_tiny.py")
@@ -141,7 +142,9 @@ def test_a_folder_without_a_pipeline_is_refused(vdit, refused, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     refused(vdit(*arguments(tmp_path / "clip.mp4", "--model", model)), "model_index.json")
-    (model / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": ["diffusers", "Flux"]}')
+    (model / "model_index.json").write_text(
+        '{"_class_name": "FluxPipeline", "transformer": ["diffusers", "Flux"]}'
+    )
     refused(vdit(*arguments(tmp_path / "clip.mp4", "--model", model)), "WanTransformer3DModel", "Flux")
 
 
@@ -155,7 +158,11 @@ def test_a_failure_leaves_what_was_there(vdit, tmp_path, monkeypatch):
 
     monkeypatch.setattr(vdit_ext.video, "write_video", fail)
     result = vdit(*arguments(out))
-    assert result.exit_code == 1 and "disk full" in result.stderr and result.stderr.splitlines()[-1].startswith("vdit: ")
+    assert (
+        result.exit_code == 1
+        and "disk full" in result.stderr
+        and result.stderr.splitlines()[-1].startswith("vdit: ")
+    )
     assert out.read_bytes() == b"an earlier clip" and [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
 
 
@@ -174,7 +181,9 @@ def test_signal_ends_with_130_and_leaves_nothing(tmp_path, kind):
     out.mkdir()
     environment = os.environ | {"VDIT_TINY_WAIT": "0.3", "VDIT_TINY_MARKER": str(marker)}
     command = [sys.executable, str(TINY), *map(str, arguments(out / "clip.mp4", "--steps", "500", "--json"))]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         for _ in range(600):
             if marker.exists() or process.poll() is not None:
                 break

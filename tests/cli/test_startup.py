@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import vdit_ext
 
 # The command's modules alone: what `import vdit_ext` itself loads is not theirs to decide.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from vdit_ext.toyworld.pipeline import NAME, WEIGHTS
 from vdit_ext.video import read_video
 
@@ -35,6 +36,8 @@ def test_main_job(tmp_path):
 
 
 def test_unknown_word(tmp_path):
-    result = vdit("generate", "--prompt", "a red walrus bounces over blue stripes", "--out", tmp_path / "clip.mp4")
+    result = vdit(
+        "generate", "--prompt", "a red walrus bounces over blue stripes", "--out", tmp_path / "clip.mp4"
+    )
     assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
     assert "walrus" in result.stderr and not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from vdit_ext import video
 
 
@@ -46,7 +47,11 @@ def test_small_clips_are_enlarged_for_viewing(size, scale):
 
 
 def test_what_is_no_clip_is_refused(tmp_path):
-    for wrong in (np.zeros((2, 8, 8, 3), np.float32), np.zeros((8, 8, 3), np.uint8), np.zeros((0, 8, 8, 3), np.uint8)):
+    for wrong in (
+        np.zeros((2, 8, 8, 3), np.float32),
+        np.zeros((8, 8, 3), np.uint8),
+        np.zeros((0, 8, 8, 3), np.uint8),
+    ):
         with pytest.raises(ValueError, match="expected a clip uint8"):
             video.write_video(tmp_path / "a.mp4", wrong, 8)
     with pytest.raises(ValueError, match="fps"):
@@ -58,7 +63,9 @@ def test_what_is_no_clip_is_refused(tmp_path):
 
 def test_psnr_agrees_with_its_formula():
     clip = moving_square()
-    noisy = np.clip(clip.astype(int) + np.random.default_rng(0).integers(-9, 10, clip.shape), 0, 255).astype(np.uint8)
+    noisy = np.clip(clip.astype(int) + np.random.default_rng(0).integers(-9, 10, clip.shape), 0, 255).astype(
+        np.uint8
+    )
     error = np.mean((noisy.astype(float) - clip) ** 2)
     found = video.quality(noisy, clip)
     assert math.isclose(found.psnr, 10 * math.log10(255**2 / error), abs_tol=1e-3)

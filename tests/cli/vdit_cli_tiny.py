@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from vdit_ext import compare
 from vdit_ext.toyworld import codec, model, text
 

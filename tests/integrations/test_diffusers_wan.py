@@ -566,6 +566,7 @@ def test_pipeline_gives_number_of_steps_and_branches():
         assert [call.step for call in method.calls[first:]] == list(range(6))
         assert {call.num_steps for call in method.calls[first:]} == {6}
         stats = handle.stats()
+        assert stats["video_steps"] == 6
         assert stats["dense_calls"] == 2 * (2 + 1) and stats["sparse_calls"] == 2 * (6 + 5)
     assert torch.equal(sample(pipe), want)
 

@@ -63,6 +63,13 @@ def test_the_pipeline_is_the_one_of_diffusers(pipe):
     assert (pipe.num_frames, pipe.fps, pipe.size) == (16, 8, (96, 96))
 
 
+def test_half_precision_keeps_what_the_class_wants_in_float32():
+    half = toyworld.load_pipeline(torch.bfloat16)
+    assert half.transformer.dtype == torch.bfloat16
+    assert half.transformer.scale_shift_table.dtype == torch.float32
+    assert half(EXAMPLE, num_inference_steps=1).latents.isfinite().all()
+
+
 def test_an_unknown_word_is_refused_before_sampling(pipe):
     with pytest.raises(ValueError, match="zebra"):
         pipe("a red zebra bounces over blue stripes")

@@ -53,6 +53,6 @@ def test_the_budget_in_minutes_counts_active_time():
 
 
 def test_loss_falls_within_a_few_steps():
-    run = train.Run(dataclasses.replace(SETTINGS, steps=30, stages=((1.0, 1, 4),)))
-    losses = [train.train_step(run) for _ in range(30)]
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    run = train.Run(dataclasses.replace(SETTINGS, steps=14, stages=((1.0, 1, 4),)))
+    losses = [train.train_step(run) for _ in range(14)]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])

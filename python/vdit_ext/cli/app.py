@@ -17,8 +17,8 @@ from .generate import generate
 
 app = typer.Typer(
     name="vdit",
-    help="Sparse attention for video diffusion transformers: make clips, compare methods, measure, look into the "
-    "installation. Without --model, everything runs on the toy model that comes with the package.",
+    help="Sparse attention for video diffusion transformers: make clips, compare methods, measure, look into "
+    "the installation. Without --model, everything runs on the toy model that comes with the package.",
     epilog=EXIT_CODES,
     rich_markup_mode="markdown",
     no_args_is_help=True,
@@ -41,7 +41,8 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave."),
     ] = False,
 ) -> None:
     pass

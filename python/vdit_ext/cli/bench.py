@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """What is timed: ``[1, heads, tokens, head_dim]``, uniform square blocks, a share of them kept in each row."""
+    """What is timed: ``[1, heads, tokens, head_dim]``, uniform blocks, a share of them kept in each row."""
 
     tokens: int
     heads: int
@@ -36,9 +36,13 @@ def bench(
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Sequence length.")] = 4096,
     heads: Annotated[int, typer.Option("--heads", min=1)] = 4,
     head_dim: Annotated[int, typer.Option("--head-dim", min=8, help="64, 96 or 128 on a GPU.")] = 64,
-    density: Annotated[float, typer.Option("--density", help="Share of key blocks that each query block keeps.")] = 0.25,
+    density: Annotated[
+        float, typer.Option("--density", help="Share of key blocks that each query block keeps.")
+    ] = 0.25,
     block: Annotated[int, typer.Option("--block", min=1, help="Tokens in a block.")] = 128,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="By default float32 on a CPU, bfloat16 on a GPU.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="By default float32 on a CPU, bfloat16 on a GPU.")
+    ] = None,
     device: options.Device = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed calls; the median counts.")] = 9,
     quiet: options.Quiet = False,
@@ -60,7 +64,11 @@ def bench(
         print_json(result)
         return
     stdout().print(_table(result))
-    stdout().print(f"{result['machine']}; torch {result['versions']['torch']}, {result['threads']} threads", style="dim", soft_wrap=True)
+    stdout().print(
+        f"{result['machine']}; torch {result['versions']['torch']}, {result['threads']} threads",
+        style="dim",
+        soft_wrap=True,
+    )
 
 
 def _shape(
@@ -98,7 +106,9 @@ def _inputs(shape: Shape) -> tuple[torch.Tensor, ...]:
 def _attend(shape: Shape, q, k, v, counts, lists):
     from ..ops import block_sparse_attention
 
-    return block_sparse_attention(q, k, v, counts, lists, q_block_size=shape.block, kv_block_size=shape.block)[0]
+    return block_sparse_attention(q, k, v, counts, lists, q_block_size=shape.block, kv_block_size=shape.block)[
+        0
+    ]
 
 
 def _check(shape: Shape, q, k, v, counts, lists) -> None:
@@ -116,7 +126,9 @@ def _check(shape: Shape, q, k, v, counts, lists) -> None:
         worst = float((got[:, :1, rows].cpu().float() - expected.float()).abs().max())
         limit = TOLERANCE[getattr(torch, shape.dtype)] * max(1.0, float(expected.abs().max()))
         if not worst <= limit:
-            raise ArithmeticError(f"block_sparse_attention is off by {worst:.2e} from its definition, over {limit:.2e}")
+            raise ArithmeticError(
+                f"block_sparse_attention is off by {worst:.2e} from its definition, over {limit:.2e}"
+            )
 
 
 def _time(shape: Shape, inputs: tuple, repeats: int, reporter: Reporter) -> dict[str, Any]:
@@ -177,8 +189,8 @@ def _table(result: dict[str, Any]):
     from rich.table import Table
 
     title = (
-        f"[1, {result['heads']}, {result['tokens']}, {result['head_dim']}] {result['dtype']} on {result['device']}, "
-        f"blocks of {result['block']}, median of {result['repeats']}"
+        f"[1, {result['heads']}, {result['tokens']}, {result['head_dim']}] {result['dtype']} "
+        f"on {result['device']}, blocks of {result['block']}, median of {result['repeats']}"
     )
     table = Table(title=title, title_justify="left")
     table.add_column("attention")

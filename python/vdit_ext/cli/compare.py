@@ -25,7 +25,8 @@ def compare(
     prompt: options.Prompt = options.EXAMPLE,
     methods: Methods = "dense,draft,svg1,svg2",
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for report.html, sheet.png, results.json and a clip each.")
+        Path | None,
+        typer.Option("--out", help="Folder for report.html, sheet.png, results.json and a clip each."),
     ] = None,
     seed: options.Seed = 0,
     steps: options.Steps = None,

@@ -53,14 +53,20 @@ def curve(
     prompts: Annotated[
         list[str] | None, typer.Option("--prompt", help="Repeatable; figures are means over prompts and seeds.")
     ] = None,
-    methods: Annotated[str, typer.Option("--methods", help="svg2, draft and svg1, separated by commas.")] = "svg2,draft",
+    methods: Annotated[
+        str, typer.Option("--methods", help="svg2, draft and svg1, separated by commas.")
+    ] = "svg2,draft",
     out: Annotated[Path | None, typer.Option("--out", help="Folder for curve.json and curve.png.")] = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds separated by commas.")] = "0",
-    top_ps: Annotated[str, typer.Option("--top-ps", help="svg2: values of top_p, separated by commas.")] = TOP_PS,
+    top_ps: Annotated[
+        str, typer.Option("--top-ps", help="svg2: values of top_p, separated by commas.")
+    ] = TOP_PS,
     keep_ratios: Annotated[
         str, typer.Option("--keep-ratios", help="draft, svg1: shares to keep, separated by commas.")
     ] = KEEP_RATIOS,
-    max_density: Annotated[float, typer.Option("--max-density", min=0.0, max=1.0, help="Density to stay under.")] = 0.35,
+    max_density: Annotated[
+        float, typer.Option("--max-density", min=0.0, max=1.0, help="Density to stay under.")
+    ] = 0.35,
     min_psnr: Annotated[float, typer.Option("--min-psnr", help="PSNR in dB to reach there.")] = 26.0,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
@@ -80,7 +86,12 @@ def curve(
     most --max-density, and whether it reaches --min-psnr.
     """
     names = _check_methods(methods)
-    values = {name: _numbers("--top-ps" if name == "svg2" else "--keep-ratios", top_ps if name == "svg2" else keep_ratios) for name in names}
+    values = {
+        name: _numbers(
+            "--top-ps" if name == "svg2" else "--keep-ratios", top_ps if name == "svg2" else keep_ratios
+        )
+        for name in names
+    }
     if out is not None:
         check_folder(out)
     requests = [
@@ -194,7 +205,7 @@ def _point(variant: _Variant, runs: Sequence[Run]) -> Point:
 
 
 def target(points: Sequence[Point], method: str, max_density: float, min_psnr: float) -> dict[str, Any]:
-    """The best point of a method at a density of at most ``max_density``, and whether it reaches ``min_psnr``."""
+    """A method's best point at a density of at most ``max_density``, and whether it reaches ``min_psnr``."""
     inside = [p for p in points if p.method == method and p.density <= max_density]
     best = max(inside, key=lambda p: p.psnr, default=None)
     return {
@@ -211,7 +222,9 @@ def sentence(one: dict[str, Any]) -> str:
     goal = f"{one['min_psnr']:g} dB at a density of at most {one['max_density']:g}"
     best = one["best"]
     if best is None:
-        return f"{one['method']}: no point at a density of at most {one['max_density']:g}; sweep lower settings."
+        return (
+            f"{one['method']}: no point at a density of at most {one['max_density']:g}; sweep lower settings."
+        )
     reached = "identical to dense" if best["identical"] else f"{best['psnr']:.2f} dB"
     return (
         f"{one['method']}: {reached} at density {best['density']:.3f} ({best['knob']} {best['value']:g}, "
@@ -269,7 +282,9 @@ def _table(points: Sequence[Point]):
     return result
 
 
-def _write(out: Path, points: Sequence[Point], result: dict[str, Any], max_density: float, min_psnr: float) -> None:
+def _write(
+    out: Path, points: Sequence[Point], result: dict[str, Any], max_density: float, min_psnr: float
+) -> None:
     figure = plot(points, result, max_density, min_psnr)
     with staged_folder(out) as folder:
         (folder / "curve.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
@@ -295,13 +310,17 @@ def plot(points: Sequence[Point], result: dict[str, Any], max_density: float, mi
         x, y = [p.density for p in mine], [p.psnr for p in mine]
         axes.plot(x, y, "o-", color=colours.get(name), label=f"{name} ({mine[0].knob})", ms=5, lw=1.8)
         for p in mine:
-            axes.annotate(f"{p.value:g}", (p.density, p.psnr), (0, 7), textcoords="offset points", ha="center", size=8)
+            axes.annotate(
+                f"{p.value:g}", (p.density, p.psnr), (0, 7), textcoords="offset points", ha="center", size=8
+            )
     axes.set(xlim=(0, min(1.02, right)), ylim=(bottom, top))
     axes.set_xlabel("density: kept share of attention in sparse steps")
     axes.set_ylabel("PSNR against dense, dB")
     clips = len(result["clips"])
     axes.set_title(
-        f"{result['model']} model, {result['steps']} steps, mean of {clips} clip{'s' * (clips != 1)}", size=11, loc="left"
+        f"{result['model']} model, {result['steps']} steps, mean of {clips} clip{'s' * (clips != 1)}",
+        size=11,
+        loc="left",
     )
     axes.grid(color="#e6e8ec", lw=0.8)
     axes.set_axisbelow(True)

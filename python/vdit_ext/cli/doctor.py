@@ -56,7 +56,9 @@ def examine() -> dict[str, Any]:
     """Everything that ``vdit doctor`` shows, as plain data."""
     ops, failure = _load_ops()
     build, build_note = _build_info()
-    libraries = dict(ops.LIBRARIES) if ops else {"cpu": failure, "cuda": "not loaded: the CPU library comes first"}
+    libraries = (
+        dict(ops.LIBRARIES) if ops else {"cpu": failure, "cuda": "not loaded: the CPU library comes first"}
+    )
     check = _self_check() if ops else failure
     gpus = _gpus(build)
     return {
@@ -134,7 +136,10 @@ def _cpu_facts() -> dict[str, Any]:
         "name": machine.cpu_name(),
         "cores": machine.num_cores(),
         "isa_used": used,
-        "isa_available": ["portable", *(name for name, flags in _LEVELS.items() if _cpu_flags().issuperset(flags))],
+        "isa_available": [
+            "portable",
+            *(name for name, flags in _LEVELS.items() if _cpu_flags().issuperset(flags)),
+        ],
     }
 
 
@@ -200,7 +205,7 @@ def arch_gap(capability: tuple[int, int], archs: list[str]) -> str | None:
 
 
 def _self_check() -> str:
-    """"ok" when a small attention on the CPU agrees with the definition, else what is wrong."""
+    """ "ok" when a small attention on the CPU agrees with the definition, else what is wrong."""
     import torch
 
     from ..ops import attention
@@ -225,7 +230,11 @@ def _kernels(ops: Any, libraries: dict[str, str], gpus: list[dict[str, Any]]) ->
     import torch
 
     names = sorted(
-        {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith(f"{ops.NAMESPACE}::")}
+        {
+            s.name.split("::")[1]
+            for s in torch._C._jit_get_all_schemas()
+            if s.name.startswith(f"{ops.NAMESPACE}::")
+        }
     )
     rows = []
     for name in names:
@@ -252,8 +261,8 @@ def _cuda_state(registered: bool, library: str, gpus: list[dict[str, Any]]) -> s
 
 def _toy_weights() -> Finding:
     try:
-        from ..toyworld.pipeline import read_card
         from ..toyworld import load_pipeline
+        from ..toyworld.pipeline import read_card
     except ImportError as error:
         return Finding("toy weights", "missing", f"not checked: {error}")
     try:
@@ -261,7 +270,9 @@ def _toy_weights() -> Finding:
         load_pipeline()
     except ValueError as error:
         return Finding("toy weights", "missing", str(error))
-    return Finding("toy weights", "ok", f"valid, trained for {card.get('steps')} steps, sha256 {card['sha256'][:12]}")
+    return Finding(
+        "toy weights", "ok", f"valid, trained for {card.get('steps')} steps, sha256 {card['sha256'][:12]}"
+    )
 
 
 def _show(report: dict[str, Any]) -> None:

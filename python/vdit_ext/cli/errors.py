@@ -28,9 +28,10 @@ class Refusal(Exception):
 @contextlib.contextmanager
 def refusing(*kinds: type[Exception]) -> Iterator[None]:
     """Turn the ValueError (or ``kinds``) of a call that checks the user's input into a Refusal."""
+    refused = kinds or (ValueError,)
     try:
         yield
-    except kinds or (ValueError,) as error:
+    except refused as error:
         raise Refusal(str(error)) from error
 
 

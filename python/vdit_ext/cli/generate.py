@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 @command
 def generate(
     prompt: options.Prompt,
-    out: Annotated[Path, typer.Option("--out", help="The clip, ending in .mp4; a contact sheet .png goes beside it.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="The clip, ending in .mp4; a contact sheet .png goes beside it.")
+    ],
     method: Annotated[str, typer.Option("--method", help="svg2, draft, svg1 or dense.")] = "svg2",
     seed: options.Seed = 0,
     steps: options.Steps = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,8 +21,12 @@ METHOD_NAMES = ("dense", "svg2", "svg1", "draft")
 DTYPES = ("float32", "float16", "bfloat16")
 
 Prompt = Annotated[str, typer.Option("--prompt", help=f'What to show, for the toy model as in "{EXAMPLE}".')]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the starting noise; the same for all methods.")]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps; the pipeline's default if left out.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, help="Seed of the starting noise; the same for all methods.")
+]
+Steps = Annotated[
+    int | None, typer.Option("--steps", min=1, help="Denoising steps; the pipeline's default if left out.")
+]
 Guidance = Annotated[
     float | None, typer.Option("--guidance", min=0.0, help="Classifier-free guidance scale; 1 turns it off.")
 ]
@@ -31,18 +36,27 @@ Json = Annotated[bool, typer.Option("--json", help="Results as JSON on stdout, a
 _MODEL = "Another model"
 Model = Annotated[
     Path | None,
-    typer.Option("--model", help="Folder of a diffusers Wan pipeline, instead of the toy model.", rich_help_panel=_MODEL),
+    typer.Option(
+        "--model", help="Folder of a diffusers Wan pipeline, instead of the toy model.", rich_help_panel=_MODEL
+    ),
 ]
 Size = Annotated[
     str | None, typer.Option("--size", help="Width and height, as in 832x480.", rich_help_panel=_MODEL)
 ]
-Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Number of frames.", rich_help_panel=_MODEL)]
+Frames = Annotated[
+    int | None, typer.Option("--frames", min=1, help="Number of frames.", rich_help_panel=_MODEL)
+]
 Dtype = Annotated[
     str | None,
-    typer.Option("--dtype", help="float32, float16 or bfloat16; by default bfloat16 on a GPU.", rich_help_panel=_MODEL),
+    typer.Option(
+        "--dtype", help="float32, float16 or bfloat16; by default bfloat16 on a GPU.", rich_help_panel=_MODEL
+    ),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1; by default a GPU where there is one.", rich_help_panel=_MODEL)
+    str | None,
+    typer.Option(
+        "--device", help="cpu, cuda, cuda:1; by default a GPU where there is one.", rich_help_panel=_MODEL
+    ),
 ]
 
 _METHOD = "Method settings"
@@ -52,11 +66,20 @@ TopP = Annotated[
 ]
 KeepRatio = Annotated[
     float | None,
-    typer.Option("--keep-ratio", "--density", help="draft, svg1: share of attention to keep, 0 to 1.", rich_help_panel=_METHOD),
+    typer.Option(
+        "--keep-ratio",
+        "--density",
+        help="draft, svg1: share of attention to keep, 0 to 1.",
+        rich_help_panel=_METHOD,
+    ),
 ]
 Setting = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Any setting of the method, as in dense_step_fraction=0.2; repeatable.", rich_help_panel=_METHOD),
+    typer.Option(
+        "--set",
+        help="Any setting of the method, as in dense_step_fraction=0.2; repeatable.",
+        rich_help_panel=_METHOD,
+    ),
 ]
 
 
@@ -69,7 +92,9 @@ def check_names(names: Iterable[str]) -> list[str]:
     return names
 
 
-def settings_for(name: str, top_p: float | None, keep_ratio: float | None, assignments: list[str] | None) -> dict[str, Any]:
+def settings_for(
+    name: str, top_p: float | None, keep_ratio: float | None, assignments: list[str] | None
+) -> dict[str, Any]:
     """The settings that a command line gives to one method.
 
     ``--top-p`` and ``--keep-ratio`` reach only the methods that have them, so that several can be compared at
@@ -88,7 +113,9 @@ def settings_for(name: str, top_p: float | None, keep_ratio: float | None, assig
             raise Refusal(f"--set: name=value was expected, as in top_p=0.9, got {assignment!r}")
         target, dot, rest = key.partition(".")
         if dot and target not in METHOD_NAMES:
-            raise Refusal(f"--set: one of {', '.join(METHOD_NAMES)} was expected before the dot, got {target!r}")
+            raise Refusal(
+                f"--set: one of {', '.join(METHOD_NAMES)} was expected before the dot, got {target!r}"
+            )
         if not dot or target == name:
             settings[rest if dot else key] = value
     return settings
@@ -112,7 +139,9 @@ def request_for(
         with refusing():
             check_toy_request(request)
     elif not model.is_dir():
-        raise Refusal(f"--model: the folder of a diffusers pipeline was expected, there is none at {str(model)!r}")
+        raise Refusal(
+            f"--model: the folder of a diffusers pipeline was expected, there is none at {str(model)!r}"
+        )
     return request
 
 
@@ -131,20 +160,29 @@ def load_sampler(model: Path | None, dtype: str | None, device: str | None, repo
         raise Refusal("--dtype and --device go with --model; the toy model runs in float32 on the CPU")
     if dtype is not None and dtype not in DTYPES:
         raise Refusal(f"--dtype: one of {', '.join(DTYPES)} was expected, got {dtype!r}")
-    with reporter.waiting("loading the model"):
-        import torch
-
+    with reporter.waiting("loading the model"), refusing(ValueError, OSError, ImportError):
+        _hush_libraries()
         from ..compare import FolderSampler, ToySampler
 
         if model is None:
-            with refusing():
-                return ToySampler.load()
+            return ToySampler.load()
+        import torch
+
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(device)
-        with refusing(ValueError, OSError, ImportError):
-            return FolderSampler.load(
-                model, dtype=dtype or ("bfloat16" if device.startswith("cuda") else "float32"), device=device
-            )
+        dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+        return FolderSampler.load(model, dtype=dtype, device=device)
+
+
+def _hush_libraries() -> None:
+    """Loading advice and bars of diffusers and transformers are for programmers; stderr is the user's."""
+    for library in ("diffusers", "transformers"):
+        try:
+            logging = import_module(f"{library}.utils.logging")
+        except ModuleNotFoundError:
+            continue
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def check_device(device: str) -> None:

@@ -21,16 +21,18 @@ body { margin: 0 auto; padding: 40px 28px 64px; max-width: 1120px; background: v
 h1 { font-size: 30px; line-height: 1.2; margin: 4px 0 6px; font-weight: 650; letter-spacing: -0.01em; }
 h2 { font-size: 18px; margin: 44px 0 14px; font-weight: 650; }
 p { margin: 0 0 10px; } .faint { color: var(--faint); } .small { font-size: 14px; }
-.clips { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 18px; margin-top: 26px; }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden;
-  max-width: 384px; }
+.clips { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 18px;
+  margin-top: 26px; }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  overflow: hidden; max-width: 384px; }
 figure video { display: block; width: 100%; aspect-ratio: var(--shape); background: #000; }
 figcaption { padding: 11px 14px 13px; }
 figcaption b { display: block; font-size: 17px; }
 figcaption span { color: var(--faint); font-size: 14px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 9px 14px 9px 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th, td { padding: 9px 14px 9px 0; border-bottom: 1px solid var(--line); text-align: right;
+  white-space: nowrap; }
 th { color: var(--faint); font-weight: 500; font-size: 14px; }
 th:first-child, td:first-child { text-align: left; } td:first-child { font-weight: 600; }
 .meter { display: inline-block; width: 88px; height: 8px; border-radius: 4px; background: var(--soft);
@@ -69,9 +71,9 @@ def html_report(runs: Sequence[Run], about: dict[str, Any], clips: dict[str, byt
         f'<p class="faint">{escape(conditions)}</p>',
         f'<div class="clips">{"".join(_card(run, clips[run.method]) for run in runs)}</div>',
         f"<h2>Figures</h2>{_table(runs)}",
-        '<p class="faint small" style="margin-top:12px">Kept: share of the query-key pairs that attention computes, '
-        "as a mean over the calls that were sparse, and over all calls. PSNR and SSIM are against the dense clip "
-        "from the same noise. Seconds are one run each, loading left out.</p>",
+        '<p class="faint small" style="margin-top:12px">Kept: share of the query-key pairs that attention '
+        "computes, as a mean over the calls that were sparse, and over all calls. PSNR and SSIM are against "
+        "the dense clip from the same noise. Seconds are one run each, loading left out.</p>",
         f"<h2>Frames and differences</h2>{_image(sheet)}",
         f"<h2>Settings</h2>{_settings(runs)}",
         f'<h2>Made on</h2><p>{escape(about["machine"])}</p><p class="faint">{escape(versions)}</p>',
@@ -103,7 +105,9 @@ def _table(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         share = 100 * (run.density or 0)
-        meter = f'<span class="meter"><i style="width:{share:.1f}%"></i></span>' if run.density is not None else ""
+        meter = (
+            f'<span class="meter"><i style="width:{share:.1f}%"></i></span>' if run.density is not None else ""
+        )
         cells = (
             escape(run.method),
             f'{meter}<span class="share">{text.percent(run.density)}</span>',
@@ -128,7 +132,8 @@ def _settings(runs: Sequence[Run]) -> str:
 
 
 def _image(data: bytes) -> str:
-    return f'<img alt="Frames of all clips and their differences from dense" src="data:image/png;base64,{_inline(data)}">'
+    source = f"data:image/png;base64,{_inline(data)}"
+    return f'<img alt="Frames of all clips and their differences from dense" src="{source}">'
 
 
 def _inline(data: bytes) -> str:

@@ -27,7 +27,7 @@ def pair_sheet(run: Run, dense: Run | None, request: Request, sampler: Sampler):
 
 
 def many_sheet(runs: Sequence[Run], request: Request, sampler: Sampler, *, titled: bool = True):
-    """The dense run, then each sparse run with its difference underneath; prompt and settings above if titled."""
+    """The dense run, then each sparse run with its difference; prompt and settings above if titled."""
     dense, *others = runs
     rows = [("dense", dense.clip)]
     for run in others:
@@ -47,4 +47,4 @@ def _difference_row(run: Run, dense: Run):
     gap, gain = difference(run.clip, dense.clip)
     if run.quality is not None and run.quality.identical:
         return ("difference\nnone", gap)
-    return (f"difference\namplified {gain}x" if gain > 1 else "difference", gap)
+    return (f"difference\namplified {gain}x" if gain > 1 else "difference\nnot amplified", gap)

@@ -252,7 +252,7 @@ class Handle:
             A list that prints as a table, of dicts with: ``model``, ``layer``, ``method``; ``dense_steps``, the
             step numbers that are dense, as far as known before they run; ``backend`` of the other steps: "cpu"
             or "sm80" kernels, "naive" definition, or "upstream" attention; ``dtype``, ``heads``, ``head_dim``;
-            ``reason``, a sentence; and ``ran_dense``, ``ran_sparse``, lists of the steps of the current video
+            ``reason``, a sentence; and ``ran_dense``, ``ran_sparse``, lists of the steps of the latest video
             that were called so.
         """
         return Explanation(self._row(one, i) for one in self._attached for i in range(len(one.layers)))
@@ -285,7 +285,7 @@ class Handle:
             A dict with ``dense_calls`` and ``sparse_calls`` of single layers; ``density``, the mean share 0..1
             of query-key pairs kept in sparse calls, NaN without any; ``attention_flops`` of the self-attention
             products as computed and ``dense_attention_flops`` as they would be without a method;
-            ``video_steps``, steps of the current video so far; and ``layers``, a list of dicts with ``model``,
+            ``video_steps``, steps of the latest video so far; and ``layers``, a list of dicts with ``model``,
             ``layer`` and the first five of these.
         """
         layers = []
@@ -398,7 +398,7 @@ def _facts(model: str, layer: str, attn: nn.Module) -> dict[str, Any]:
 
 def _dense_steps(method: SparseMethod, counter: StepCounter, layer: int, num_layers: int) -> str:
     """Which steps are dense, as a phrase; only what can be known now."""
-    if counter.step < 0:
+    if counter.ended:
         counter.read_schedule()
     total, times = counter.num_steps, counter.timesteps
     if total is None:

@@ -24,6 +24,7 @@ class StepCounter:
 
     Attributes:
         video: how many runs have begun; a change means that everything learned before is void.
+        ended: whether the next call begins a run.
         step: index of the current step, from 0; -1 before the first.
         timestep: the timestep of that step.
         num_steps: how many there will be, None when nobody said.
@@ -40,22 +41,22 @@ class StepCounter:
         self.video = 0
         self.step = -1
         self.timestep = math.nan
+        self.ended = True
 
     def reset(self) -> None:
         """Treat the next call as the first of a new video."""
-        self.video += 1
-        self.step = -1
-        self.timestep = math.nan
+        self.ended = True
 
     def advance(self, timestep: float) -> None:
         """Note a model call. A lower timestep is the next step, a higher one a new video, NaN no news."""
         schedule = self._scheduled()
-        if schedule is not self._schedule or timestep > self.timestep:
-            self.reset()
-        if self.step < 0:
+        if self.ended or schedule is not self._schedule or timestep > self.timestep:
+            self.ended = False
             self._schedule = schedule
             self.read_schedule()
+            self.video += 1
             self.step = 0
+            self.timestep = math.nan
         elif timestep < self.timestep:
             self.step += 1
         if not math.isnan(timestep):

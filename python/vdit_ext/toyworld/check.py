@@ -227,7 +227,7 @@ def main(
     picture: Path | None = typer.Option(None, help="Write a contact sheet to this PNG file."),
 ):
     """Sample many prompts and print how many clips show what was asked."""
-    from .pipeline import WEIGHTS, load_pipeline
+    from .pipeline import WEIGHTS, load_pipeline, read_card
 
     sampling = {"num_inference_steps": steps} if steps else {}
     sampling |= {"guidance_scale": guidance} if guidance >= 0 else {}
@@ -237,7 +237,9 @@ def main(
         verdict = f"not {', '.join(missed)}" if missed else "ok"
         print(f"{done}/{total} {case['prompt']}: {verdict}", flush=True)
 
-    result, clips = evaluate(load_pipeline(folder=weights or WEIGHTS), prompts, seed, say, **sampling)
+    folder = weights or WEIGHTS
+    result, clips = evaluate(load_pipeline(folder=folder), prompts, seed, say, **sampling)
+    result["weights_sha256"] = read_card(folder)["sha256"]
     print("  ".join(f"{part} {rate:.0%}" for part, rate in result["rates"].items()))
     if record is not None:
         record.write_text(json.dumps(result, indent=1) + "\n")

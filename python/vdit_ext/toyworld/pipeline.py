@@ -123,7 +123,8 @@ def load_pipeline(dtype: torch.dtype = torch.float32, folder: Path = WEIGHTS, na
         raise ValueError(f"{path.name}: expected {wanted}, got {came[:12]}...; install the package again")
     transformer = model.build(card["config"])
     _fill(transformer, load(data), path.name)
-    return ToyPipeline(transformer.to(dtype).eval().requires_grad_(False))
+    _convert(transformer, dtype)
+    return ToyPipeline(transformer.eval().requires_grad_(False))
 
 
 def read_card(folder: Path = WEIGHTS, name: str = NAME) -> dict:
@@ -158,6 +159,13 @@ def _fill(transformer, tensors: dict[str, torch.Tensor], name: str) -> None:
     with torch.no_grad():
         for key, parameter in wanted.items():
             parameter.copy_(tensors[key])
+
+
+def _convert(transformer, dtype: torch.dtype) -> None:
+    """Change the dtype as diffusers does on loading: what the class wants in float32 stays there."""
+    for name, parameter in transformer.named_parameters():
+        if not any(part in name.split(".") for part in transformer._keep_in_fp32_modules):
+            parameter.data = parameter.data.to(dtype)
 
 
 def export_run(run, folder: Path, command: str = "", name: str = NAME) -> None:

@@ -1,0 +1,95 @@
+"""``--model``: a diffusers Wan pipeline from a folder, here a random one of a few hundred kilobytes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from typer.testing import CliRunner
+
+from vdit_ext.cli import app
+from vdit_ext.video import read_video
+
+TEXT = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved pipeline; frames 48 by 32 pixels make tokens of 3 by 2 a latent frame."""
+    pytest.importorskip("accelerate")  # without it diffusers loads no Wan model
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "cat"])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+    encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=8, d_model=TEXT, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    )
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=24,
+        in_channels=4,
+        out_channels=4,
+        text_dim=TEXT,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    path = tmp_path_factory.mktemp("models") / "wan"
+    WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder.eval(),
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=transformer.eval(),
+    ).save_pretrained(path)
+    return path
+
+
+def generate(folder, out, *more):
+    arguments = ["generate", "--model", str(folder), "--prompt", "a cat", "--out", str(out), "--steps", "3"]
+    return CliRunner().invoke(app, [*arguments, "--device", "cpu", *map(str, more)])
+
+
+def test_clip_from_a_folder(folder, tmp_path):
+    settings = ("--size", "48x32", "--frames", "5", "--set", "num_q_clusters=4", "--set", "num_k_clusters=6")
+    result = generate(folder, tmp_path / "clip.mp4", *settings, "--set", "dense_step_fraction=0.4", "--json")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert record["model"] == "wan" and record["settings"]["num_k_clusters"] == 6
+    assert (record["frames"], record["height"], record["width"], record["fps"]) == (5, 32, 48, 16)
+    assert 0 < record["density"] <= 1 and record["seconds_dense"] > 0
+    assert read_video(tmp_path / "clip.mp4")[0].shape[0] == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (("--size", "50x32"), "16"),
+        (("--frames", "6"), "multiple of 4"),
+        (("--device", "tpu"), "tpu"),
+        (("--dtype", "int3"), "int3"),
+        (("--top-p", "2"), "top_p"),
+    ],
+)
+def test_bad_input_is_one_sentence(folder, tmp_path, refused, change, word):
+    refused(generate(folder, tmp_path / "clip.mp4", *change), word)
+    assert not list(tmp_path.iterdir())
