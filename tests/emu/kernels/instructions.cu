@@ -218,6 +218,31 @@ void test_arithmetic() {
   }
 }
 
+// Each thread reads what a thread of another warp wrote, then overwrites its own: three barriers, and a race
+// where one is missing, which not every order turns into a wrong result.
+template <bool kMissing>
+struct NeighbourKernel {
+  using Params = Buffers;
+  static constexpr int kThreads = 64;
+  static constexpr int kMinBlocks = 1;
+  VDIT_DEVICE void operator()(Params const& p, char* smem) const {
+    int* const shared = reinterpret_cast<int*>(smem);
+    shared[thread_idx()] = thread_idx();
+    sync_block();
+    int const first = shared[63 - thread_idx()];
+    if constexpr (!kMissing) sync_block();
+    shared[thread_idx()] = first * 2;  // races with the line above its barrier
+    sync_block();
+    p.ints[thread_idx()] = shared[63 - thread_idx()];
+  }
+};
+template <bool kMissing>
+void test_neighbours() {
+  std::vector<int32_t> out(64);
+  launch<NeighbourKernel<kMissing>>({2, 1, 1}, 64 * 4, nullptr, {out.data(), {}, {}, {}, {}});
+  for (int i = 0; i < 64; ++i) EXPECT(out[size_t(i)] == i * 2);
+}
+
 // All 65,536 bit patterns of both 16-bit types through the tensor core, times one: NaN stays NaN, the rest is
 // exact, subnormals included.
 template <class T>
@@ -380,6 +405,8 @@ int main(int, char** arguments) {
       {"f16_values", test_conversion<cute::half_t>},
       {"bf16_values", test_conversion<cute::bfloat16_t>},
       {"block_order", test_block_order},
+      {"neighbours", test_neighbours<false>},
+      {"neighbours_race", test_neighbours<true>},
       {"after_error", test_after_error},
       {"divergent_barrier", broken<DivergentBarrierKernel>()},
       {"two_barriers", broken<TwoBarriersKernel>()},
