@@ -89,3 +89,36 @@ def test_a_missing_module_does_not_hide_the_rest(monkeypatch):
     monkeypatch.setitem(sys.modules, "vdit_ext._C", None)
     result = run("--json")
     assert result.exit_code == 0 and "note" in json.loads(result.stdout)["build"]
+
+
+GPUS = [
+    {"device": "cuda:0", "name": "A", "capability": "9.0", "memory_gib": 80.0, "served": True, "reason": "ok"},
+    {
+        "device": "cuda:1",
+        "name": "B",
+        "capability": "7.5",
+        "memory_gib": 16.0,
+        "served": False,
+        "reason": "too old",
+    },
+]
+
+
+@pytest.mark.parametrize(
+    ("registered", "library", "gpus", "says"),
+    [
+        (True, "loaded", GPUS, "yes (cuda:0)"),
+        (True, "loaded", GPUS[1:], "too old"),
+        (True, "loaded", [], "no GPU"),
+        (False, "loaded", GPUS, "no CUDA kernel"),
+        (True, "not built: this wheel was made without nvcc", GPUS, "without nvcc"),
+    ],
+)
+def test_cuda_column_says_why_not(registered, library, gpus, says):
+    assert says in doctor._cuda_state(registered, library, gpus)
+
+
+def test_gpus_have_a_table_of_their_own(monkeypatch):
+    monkeypatch.setattr(doctor, "_gpus", lambda _build: GPUS)
+    result = run()
+    assert result.exit_code == 0 and "cuda:0" in result.stdout and "too old" in result.stdout

@@ -18,7 +18,7 @@ package.__path__ = [{path!r}]
 sys.modules["vdit_ext"] = package
 from vdit_ext.cli import app
 try:
-    app({arguments!r})
+    app({arguments!r}, prog_name="vdit")
 except SystemExit as end:
     code = end.code
 heavy = {{"torch", "numpy", "diffusers", "av", "PIL", "matplotlib"}} & set(sys.modules)
@@ -49,3 +49,25 @@ def test_names_of_methods_are_those_there_are():
     from vdit_ext.sparse import METHODS
 
     assert set(METHOD_NAMES) == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("generate", "--out", "a.mp4"), ("--prompt", "vdit generate --help")),
+        (("generate", "--seeed", "1"), ("--seeed",)),
+        (("compare", "--seed", "-1"), ("--seed",)),
+        (("bench", "--tokens", "many"), ("--tokens",)),
+        (("paint",), ("paint", "vdit --help")),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(arguments, words):
+    result = alone(*arguments)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("vdit: ")
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_no_command_prints_the_help_and_version_its_line():
+    assert "generate" in alone().stdout and alone().returncode == 0
+    assert alone("--version").stdout.startswith("vdit-ext ")

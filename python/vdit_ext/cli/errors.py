@@ -43,10 +43,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except Refusal as error:
-            _say(str(error))
+            say(str(error))
             raise typer.Exit(BAD_INPUT) from None
         except KeyboardInterrupt:
-            _say("interrupted; no file was written.")
+            say("interrupted; no file was written.")
             raise typer.Exit(INTERRUPTED) from None
         except (typer.Exit, SystemExit):
             raise
@@ -56,12 +56,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if os.environ.get("VDIT_DEBUG", "0") != "0":
                 traceback.print_exc()
-            _say(f"internal failure, {type(error).__name__}: {error}")
+            say(f"internal failure, {type(error).__name__}: {error}")
             raise typer.Exit(FAILED) from None
 
     return run
 
 
-def _say(sentence: str) -> None:
+def say(sentence: str) -> None:
+    """One line on stderr."""
     line = " ".join(sentence.split())
     print(f"vdit: {line if line.endswith(('.', '!', '?')) else line + '.'}", file=sys.stderr)
