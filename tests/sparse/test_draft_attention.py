@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from vdit_ext import ops
 from vdit_ext.sparse import SHAPES, DraftAttention, SparseMethod, StepInfo, TokenLayout, begin_step
-from vdit_ext.sparse.draft_attention import PRESETS, count_kept, draft_logits
+from vdit_ext.sparse.draft_attention import PRESETS, count_kept
 from vdit_ext.sparse.flops import attention_flops, video_flops
 from vdit_ext.sparse.gate import flow_timesteps
 from vdit_ext.sparse.rope import apply_rope, rms_norm, rope_table
+from vdit_ext.sparse.scores import block_logits
 from vdit_ext.sparse.tiles import count_tiles, tile_offsets, tile_order
 
 CPU = torch.device("cpu")
@@ -172,7 +173,7 @@ def draft_and_token_logits(q: Tensor, k: Tensor, layout: TokenLayout, tile: tupl
     index = tile_order(layout, tile, CPU)
     offsets = tile_offsets(layout.grid, tile, CPU)
     q, k = ops.permute_rows(q, index), ops.permute_rows(k, index)
-    draft = draft_logits(ops.mean_pool_blocks(q, offsets=offsets), ops.mean_pool_blocks(k, offsets=offsets))[
+    draft = block_logits(ops.mean_pool_blocks(q, offsets=offsets), ops.mean_pool_blocks(k, offsets=offsets))[
         0, 0
     ]
     sizes = offsets[0, 0].diff()

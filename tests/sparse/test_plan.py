@@ -194,6 +194,7 @@ def test_text_blocks(text, valid, text_first, width, seed):
     used = torch.arange(lists.shape[-1]) < counts[..., None]
     steps = torch.where(used[..., 1:], lists.diff(dim=-1), 1)
     assert (steps > 0).all(), "lists ascend"
+    assert (lists[~used] == 0).all(), "unused entries are 0"
 
 
 def test_prompt_cut_into_several_blocks():

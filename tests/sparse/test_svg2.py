@@ -18,8 +18,9 @@ from vdit_ext.sparse.flops import attention_flops, video_flops
 from vdit_ext.sparse.gate import count_dense_layers, count_dense_steps
 from vdit_ext.sparse.kmeans import inertia, kmeans
 from vdit_ext.sparse.rope import apply_rope, layer_norm, rms_norm, rope_table
+from vdit_ext.sparse.scores import block_logits
 from vdit_ext.sparse.state import refine_clusters
-from vdit_ext.sparse.svg2 import PRESETS, centroid_scores
+from vdit_ext.sparse.svg2 import PRESETS
 
 SMALL = dict(num_q_clusters=6, num_k_clusters=10, iter_init=4)
 GRID = TokenLayout((3, 5, 7))
@@ -144,7 +145,7 @@ def test_svg2_09_06_kept_mass(p, ratio, spread, seed):
     sizes = torch.randint(0, 50, (1, 2, 12), generator=generator, dtype=torch.int32)
     sizes[..., 0] += 1
     counts, lists = SVG2(top_p=p, min_kc_ratio=ratio).select(q_centroids, k_centroids, sizes)
-    mass = block_mass_fractions(centroid_scores(q_centroids, k_centroids), sizes)
+    mass = block_mass_fractions(block_logits(q_centroids, k_centroids), sizes)
     least = max(1, int(ratio * 12))
     for h in range(2):
         for i, kept in enumerate(rows_of(counts[0, h], lists[0, h])):
@@ -170,7 +171,7 @@ def test_svg2_09_07_monotone_and_size_invariant():
         before = kept
         doubled = method.select(q_centroids, k_centroids, sizes * 2)
         assert torch.equal(counts, doubled[0]) and torch.equal(lists, doubled[1])
-    scores = centroid_scores(q_centroids, k_centroids)
+    scores = block_logits(q_centroids, k_centroids)
     torch.testing.assert_close(block_mass_fractions(scores, sizes), block_mass_fractions(scores, sizes * 2))
 
     (x,) = tensors(1, 1, 60, 8, count=1)
@@ -194,7 +195,7 @@ def test_svg2_09_08_identical_tokens_give_exact_mass():
     exact = torch.softmax(q.double() @ k.double().transpose(-1, -2) / 4, -1)
 
     sizes = torch.bincount(k_label, minlength=num_k).int()[None, None]
-    mass = block_mass_fractions(centroid_scores(3 * q_points[None, None], k_points[None, None]), sizes)
+    mass = block_mass_fractions(block_logits(3 * q_points[None, None], k_points[None, None]), sizes)
     blocks = exact[0, 0] @ torch.nn.functional.one_hot(k_label, num_k).double()
     torch.testing.assert_close(mass[0, 0][q_label], blocks, atol=1e-6, rtol=1e-5)
 
@@ -450,6 +451,15 @@ def test_batch_of_two_is_two_calls():
         torch.testing.assert_close(plan.attend(*one)[0], both[b : b + 1], atol=1e-6, rtol=1e-5)
 
 
+def test_map_is_fp32_under_autocast_and_in_bf16():
+    a, b = tensors(1, 1, 20, 16, count=2)
+    expected = a.double() @ b.double().transpose(-1, -2) / 4
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = block_logits(a, b)
+        assert block_logits(a.bfloat16(), b.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(scores.double(), expected, atol=1e-6, rtol=1e-5)
+
+
 def test_strided_views_give_the_same_plan():
     method = SVG2(**SMALL)
     q, k, _ = tensors(1, 2, GRID.num_tokens, 16)
@@ -464,6 +474,8 @@ def test_random_layers_start_apart_and_seeds_repeat():
     q, k, _ = tensors(1, 2, GRID.num_tokens, 16)
     first, again, other = (method.plan(q, k, GRID, method.new_state(i, 4)) for i in (0, 0, 1))
     assert torch.equal(first.q_index, again.q_index) and not torch.equal(first.q_index, other.q_index)
+    same = SVG2(num_q_clusters=6, num_k_clusters=6).plan(q, q, GRID, method.new_state(0, 4))
+    assert not torch.equal(same.q_index, same.kv_index), "keys are drawn apart from queries"
 
 
 def test_copied_state_is_fresh_and_lost_state_is_an_error():

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import ops
 from .gate import is_dense_step, require_choice, require_range
 from .plan import BlockPlan, StepInfo, TokenLayout, add_text_blocks, add_text_offsets
+from .scores import block_logits
 from .shapes import SHAPES, preset_settings
 from .state import LayerState, record_density
 from .tiles import count_tiles, tile_offsets, tile_order
@@ -161,7 +162,7 @@ class DraftAttention:
         pooled_q = ops.mean_pool_blocks(layout.video(q), offsets=offsets, block_size=size)
         pooled_k = ops.mean_pool_blocks(layout.video(k), offsets=offsets, block_size=size)
 
-        counts, lists = self.select(draft_logits(pooled_q, pooled_k), layout.grid[0])
+        counts, lists = self.select(block_logits(pooled_q, pooled_k), layout.grid[0])
         num_tiles = count_tiles(layout.grid, tile)
         if full_tiles and not layout.has_padding and not (layout.text_first and layout.text_len):
             text_blocks = -(-layout.text_len // size)
@@ -207,11 +208,6 @@ class DraftAttention:
                 extra = extra | (frame[:, None] == frame)
             counts, lists = ops.lists_from_mask(ops.mask_from_lists(counts, lists, num_tiles) | extra)
         return counts, lists
-
-
-def draft_logits(pooled_q: Tensor, pooled_k: Tensor) -> Tensor:
-    """Logits of tile against tile, fp32 ``[B, H, S, S]``, scaled by ``D ** -0.5``, from fp32 ``[B, H, S, D]``."""
-    return pooled_q @ pooled_k.transpose(-1, -2) * pooled_q.shape[-1] ** -0.5
 
 
 def count_kept(sparsity: float, pairs: int) -> int:

@@ -15,6 +15,7 @@ from .. import ops
 from .gate import count_dense_layers, is_dense_step, require_choice, require_range
 from .kmeans import INITS
 from .plan import BlockPlan, StepInfo, TokenLayout, add_text_blocks, add_text_index, add_text_offsets
+from .scores import block_logits
 from .shapes import SHAPES, preset_settings
 from .state import ClusterState, record_density, refine_clusters
 
@@ -178,7 +179,7 @@ class SVG2:
             ``kv_num_blocks`` int32 ``[B, H, Cq]`` and ``kv_indices`` int32 ``[B, H, Cq, Ck]``.
         """
         min_blocks = max(1, int(self.min_kc_ratio * k_centroids.shape[2] + 1e-9))
-        scores = centroid_scores(q_centroids, k_centroids)
+        scores = block_logits(q_centroids, k_centroids)
         return ops.topp_blocks(scores, self.top_p, weights=k_sizes, min_blocks=min_blocks)
 
     def _cluster(self, q: Tensor, k: Tensor, layout: TokenLayout, state: ClusterState):
@@ -188,11 +189,6 @@ class SVG2:
             refine_clusters(layout.video(q), state.handle, num_q, "q"),
             refine_clusters(layout.video(k), state.handle, num_k, "k"),
         )
-
-
-def centroid_scores(q_centroids: Tensor, k_centroids: Tensor) -> Tensor:
-    """Logits of query cluster against key cluster, fp32 ``[B, H, Cq, Ck]``, scaled by ``D ** -0.5``."""
-    return q_centroids.float() @ k_centroids.float().transpose(-1, -2) * q_centroids.shape[-1] ** -0.5
 
 
 def _presets() -> dict[str, dict[str, dict]]:

@@ -1,0 +1,14 @@
+"""One thread: the tensors here are tiny, and waiting threads cost more than they bring on a busy machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
