@@ -312,7 +312,9 @@ struct ToppRowsKernel {
   // not depend on their order; 2^23 blocks fit.
   VDIT_DEVICE static uint64_t mass_of(uint32_t key, float top) {
     if (key == 0) return 0;
-    return static_cast<uint64_t>(expf(value_of_key(key) - top) * 1099511627776.f);
+    float const value = value_of_key(key);
+    float const mass = value == top ? 1.f : expf(value - top);  // the best may be +inf
+    return static_cast<uint64_t>(mass * 1099511627776.f);
   }
 
   // The largest key such that the keys that reach it are enough: their mass exceeds `target` and they number
@@ -370,16 +372,18 @@ struct ToppRowsKernel {
     for (int64_t i = lane_idx(); i < count; i += 32) best = keys(i) > best ? keys(i) : best;
     best = warp_max(best);
     float const top = value_of_key(best);
-    // Without a finite best there is no mass to speak of, and no prefix exceeds p: all blocks stay.
-    bool const has_mass = best != 0 && top > -INFINITY && top < INFINITY;
-    Cut cut{0, 0, 0};
-    if (p.topp.p < 1.f && has_mass) {
+    int64_t const least = p.topp.min_blocks < 1 ? 1 : p.topp.min_blocks;
+    Cut cut{0, 0, 0};  // all
+    if (p.topp.p < 1.f && least < count) {
       int64_t total = 0;
-      for (int64_t i = lane_idx(); i < count; i += 32) total += static_cast<int64_t>(mass_of(keys(i), top));
-      total = warp_sum(total);
-      int64_t const target = static_cast<int64_t>(floor(static_cast<double>(p.topp.p) * static_cast<double>(total)));
-      int64_t least = p.topp.min_blocks < 1 ? 1 : p.topp.min_blocks;
-      if (least < count && total > target) cut = search(keys, count, top, target, least);
+      if (best != 0 && top > -INFINITY) {
+        for (int64_t i = lane_idx(); i < count; i += 32) total += static_cast<int64_t>(mass_of(keys(i), top));
+        total = warp_sum(total);
+      }
+      double const target = floor(static_cast<double>(p.topp.p) * static_cast<double>(total));
+      // A row without any mass (every score -inf or NaN, every weight 0) keeps only what it must.
+      cut = total == 0 ? TopkRowsKernel::search(keys, count, least)
+                       : search(keys, count, top, static_cast<int64_t>(target), least);
     }
     int64_t const at = bh * p.topp.num_q_blocks + row;
     write_list(keys, count, cut, 0, false, p.topp.kv_num_blocks + at, p.topp.kv_indices + at * count);
