@@ -8,11 +8,11 @@ pytest.importorskip("diffusers")
 from vdit_ext.toyworld import model, train
 
 TINY = model.CONFIG | dict(num_attention_heads=1, ffn_dim=32, num_layers=1)
-SETTINGS = train.Settings(steps=4, stages=((0.5, 1, 2), (1.0, 2, 1)), warmup_steps=2, config=TINY)
+SETTINGS = train.Settings(steps=4, stages=((0.5, 1, 2, 4.0), (1.0, 2, 1, 12.0)), warmup_steps=2, config=TINY)
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
-    first, again, other = (train.make_batch(SETTINGS, step, 2, 3) for step in (5, 5, 6))
+    first, again, other = (train.make_batch(SETTINGS, step, 2, 3, 4.0) for step in (5, 5, 6))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], other[0])
     latents, places, prompt, noise, level = first
@@ -53,6 +53,6 @@ def test_the_budget_in_minutes_counts_active_time():
 
 
 def test_loss_falls_within_a_few_steps():
-    run = train.Run(dataclasses.replace(SETTINGS, steps=14, stages=((1.0, 1, 4),)))
+    run = train.Run(dataclasses.replace(SETTINGS, steps=14, stages=((1.0, 1, 4, 4.0),)))
     losses = [train.train_step(run) for _ in range(14)]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])

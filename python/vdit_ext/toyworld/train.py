@@ -28,20 +28,26 @@ class Settings:
     """All that decides a run; saved with the weights.
 
     Give either minutes (active time, so that a stopped process loses nothing) or steps.
-    stages: (share of the budget at which it ends, latent frames per clip, clips per step).
+    stages: (share of the budget at which it ends, latent frames per clip, clips per step, noise shift).
+    The shift grows with the frames: where a thing is and how it moves is decided at noise levels
+    above 0.9, the more so the more frames speak for it.
     """
 
     seed: int = 0
-    minutes: float = 90.0
+    minutes: float = 98.0
     steps: int = 0
-    stages: tuple[tuple[float, int, int], ...] = ((0.27, 2, 16), (0.65, 4, 8), (1.0, 8, 4))
+    stages: tuple[tuple[float, int, int, float], ...] = (
+        (0.27, 2, 16, 4.0),
+        (0.52, 4, 8, 4.0),
+        (0.58, 4, 8, 12.0),
+        (1.0, 8, 4, 12.0),
+    )
     matrix_lr: float = 2e-3
     other_lr: float = 1e-3
     warmup_steps: int = 60
     flat_share: float = 0.5  # of the budget at full learning rate, a cosine to zero after it
     ema: float = 0.99
     null_prompts: float = 0.1
-    noise_shift: float = 4.0
     smallest_noise: float = 0.2  # caps the weight 1/noise**2 of a clip's loss
     config: dict = dataclasses.field(default_factory=lambda: dict(model.CONFIG))
 
@@ -146,7 +152,7 @@ def _split_parameters(net) -> tuple[list, list]:
     return matrices, others
 
 
-def make_batch(settings: Settings, step: int, frames: int, clips: int):
+def make_batch(settings: Settings, step: int, frames: int, clips: int, shift: float):
     """The batch of a step, decided by (seed, step) alone.
 
     Returns latents float32 [clips, 54, frames, 32, 32], int64 frame places [clips, frames],
@@ -165,7 +171,7 @@ def make_batch(settings: Settings, step: int, frames: int, clips: int):
     latents = codec.encode(torch.from_numpy(np.stack(pictures)))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     noise = torch.randn(latents.shape, generator=generator)
-    levels = _noise_levels(clips, settings.noise_shift, generator)
+    levels = _noise_levels(clips, shift, generator)
     return latents, torch.from_numpy(np.stack(places)), text.encode(prompts), noise, levels
 
 
@@ -198,8 +204,8 @@ def _autocast(device):
 def train_step(run: Run, run_block=None, team: Team = ALONE) -> float:
     """One update; returns the loss. Advances `run.step`, not the clock."""
     settings = run.settings
-    frames, clips = next((f, c) for end, f, c in settings.stages if run.progress < end or end == 1.0)
-    whole = make_batch(settings, run.step, frames, clips)
+    stage = next(stage for end, *stage in settings.stages if run.progress < end or end == 1.0)
+    whole = make_batch(settings, run.step, *stage)
     batch = [part[team.rank :: team.size].to(run.device) for part in whole]
     loss = loss_of(run.model, batch, settings, run_block)
     loss.backward()
@@ -313,7 +319,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     out: Path = typer.Option(..., help="Folder for checkpoint.pt and loss.csv."),
-    minutes: float = typer.Option(90.0, help="Active time to train."),
+    minutes: float = typer.Option(98.0, help="Active time to train."),
     steps: int = typer.Option(0, help="Train this many steps instead of some minutes."),
     seed: int = 0,
     resume: bool = typer.Option(False, help="Go on from OUT/checkpoint.pt when it exists."),
