@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,42 +31,61 @@ def print_json(value: Any) -> None:
 
 
 class Reporter:
-    """Progress bars with time left on stderr; silent when ``quiet``."""
+    """Progress with time left on stderr: bars on a terminal, a line now and then elsewhere; or ``quiet``."""
+
+    SECONDS_BETWEEN_LINES = 15.0
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
-        self._progress = None
+        self._bars = None
 
     @contextlib.contextmanager
     def bars(self) -> Iterator[Reporter]:
         """The bars live inside this block."""
+        if self.quiet or not stderr().is_terminal:
+            yield self
+            return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
         from rich.progress import TimeRemainingColumn as Left
 
-        progress = Progress(
-            TextColumn("{task.description:<18}"),
+        columns = (
+            TextColumn("{task.description:<8}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
-            Left(elapsed_when_finished=False),
-            console=stderr(),
-            disable=self.quiet,
+            Left(),
         )
-        with progress:
-            self._progress = progress
+        with Progress(*columns, console=stderr()) as self._bars:
             try:
                 yield self
             finally:
-                self._progress = None
+                self._bars = None
 
     def track(self, label: str, total: int) -> Callback:
-        """A bar for one run; the callback takes (steps done, steps in all)."""
-        progress = self._progress
-        if progress is None:
+        """Progress of one run; the callback takes (steps done, steps in all)."""
+        if self.quiet:
             return lambda done, total: None
-        task = progress.add_task(label, total=total)
-        return lambda done, total: progress.update(task, completed=done, total=total)
+        if self._bars is None:
+            return self._lines(label)
+        bars, task = self._bars, self._bars.add_task(label, total=total)
+        return lambda done, total: bars.update(task, completed=done, total=total)
+
+    def _lines(self, label: str) -> Callback:
+        start = last = time.monotonic()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            spent = now - start
+            if done == total:
+                print(f"{label}: {total} of {total} in {spent:.0f} s", file=sys.stderr)
+            elif now - last >= self.SECONDS_BETWEEN_LINES:
+                last = now
+                left = spent / done * (total - done)
+                print(f"{label}: {done} of {total}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+        return tell
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:

@@ -12,12 +12,16 @@ from pathlib import Path
 from .errors import Refusal
 
 
-def check_file(path: Path, suffix: str) -> Path:
-    """Refuse, in one sentence, a path that cannot be written; called before any work is done."""
+def check_file(path: Path, suffix: str, *companions: Path) -> Path:
+    """Refuse, in one sentence, a path that cannot be written; called before any work is done.
+
+    ``companions`` are files that will be written in the same folder.
+    """
     if path.suffix.lower() != suffix:
         raise Refusal(f"--out: a file name ending in {suffix} was expected, got {str(path)!r}")
-    if path.is_dir():
-        raise Refusal(f"--out: a file was expected, {str(path)!r} is a folder; name a file in it")
+    for one in (path, *companions):
+        if one.is_dir():
+            raise Refusal(f"--out: a file was expected, {str(one)!r} is a folder; choose another name")
     _probe(path.parent, path)
     return path
 

@@ -47,7 +47,8 @@ def generate(
     against dense, seconds of both. Sampling again with the same options gives the same frames.
     """
     (name,) = options.check_names([method])
-    check_file(out, ".mp4")
+    sheet = out.with_suffix(".png")
+    check_file(out, ".mp4", sheet)
     request = options.request_for(prompt, seed, steps, guidance, model, size, frames)
     given = options.settings_for(name, top_p, keep_ratio, settings)
     reporter = Reporter(quiet)
@@ -56,7 +57,6 @@ def generate(
         request = sampler.resolve(request)
         chosen = None if name == "dense" else sampler.method(name, given)
     run, dense = _sample(sampler, request, chosen, not no_compare, reporter)
-    sheet = out.with_suffix(".png")
     _write(out, sheet, run, dense, sampler, request)
     if as_json:
         print_json(_record(run, dense, sampler, request) | {"out": str(out), "sheet": str(sheet)})
