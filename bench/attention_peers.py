@@ -86,9 +86,8 @@ def flex(q, k, v, counts, lists, kwargs) -> Call:
 
 def flashinfer(q, k, v, counts, lists, kwargs) -> Call:
     """FlashInfer's variable blocks; plan() belongs to the time, since the mask is new at every step."""
-    from flashinfer.sparse import VariableBlockSparseAttentionWrapper
-
     from bench_attention import block_sizes
+    from flashinfer.sparse import VariableBlockSparseAttentionWrapper
 
     heads = q.shape[1]
     if q.shape[0] != 1:
@@ -98,7 +97,9 @@ def flashinfer(q, k, v, counts, lists, kwargs) -> Call:
     q_sizes, kv_sizes = (t[0].expand(heads, -1).int().contiguous() for t in (q_sizes, kv_sizes))
     mask = mask_from_lists(counts, lists, kv_sizes.shape[-1])[0].expand(heads, -1, -1).contiguous()
     hsd = [t[0].contiguous() for t in (q, k, v)]
-    wrapper = VariableBlockSparseAttentionWrapper(torch.empty(2**28, dtype=torch.uint8, device=q.device), backend="auto")
+    wrapper = VariableBlockSparseAttentionWrapper(
+        torch.empty(2**28, dtype=torch.uint8, device=q.device), backend="auto"
+    )
 
     def call() -> Tensor:
         wrapper.plan(

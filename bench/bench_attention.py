@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import time
 from collections.abc import Callable, Iterator
 
 import attention_peers
@@ -33,6 +34,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 FIGURES_UNIFORM, FIGURES_VARIABLE = 1.2, 1.4
 FULL_CHECK_PAIRS = 2**23  # up to here every row is compared with the definition, beyond it a sample of rows
 SAMPLED_ROWS = 64
+STARTED = time.perf_counter()
 LSE_TOLERANCE = 1e-5
 
 
@@ -43,12 +45,21 @@ LSE_TOLERANCE = 1e-5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ops", default="all", help=f"comma-separated: {', '.join(OPS)}")
-    parser.add_argument("--shape", choices=("plain", *cases.REAL), default="plain", help="plain, or a model's real shape")
+    parser.add_argument(
+        "--shape", choices=("plain", *cases.REAL), default="plain", help="plain, or a model's real shape"
+    )
     parser.add_argument("--seqlen", type=int, default=8192, help="tokens, for --shape plain")
     parser.add_argument("--heads", type=int, default=8, help="heads, for --shape plain")
-    parser.add_argument("--dtypes", default="", help="comma-separated; default: float32,bfloat16 on CPU, bfloat16 on CUDA")
+    parser.add_argument(
+        "--dtypes", default="", help="comma-separated; default: float32,bfloat16 on CPU, bfloat16 on CUDA"
+    )
     parser.add_argument("--select", default="", help="regular expression on '<op> <case>'")
-    parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out: it compiles for a while")
+    parser.add_argument(
+        "--no-flex", action="store_true", help="leave FlexAttention out: it compiles for a while"
+    )
+    parser.add_argument(
+        "--flex-seconds", type=float, default=0.0, help="after this leave FlexAttention out; 0: never"
+    )
 
 
 def apply_figures(args: argparse.Namespace) -> None:
@@ -56,6 +67,9 @@ def apply_figures(args: argparse.Namespace) -> None:
     args.ops, args.shape, args.seqlen, args.heads = "block_sparse_attention", "plain", 8192, 8
     args.dtypes, args.device = "float32,bfloat16", "cpu"
     args.select = r"_b128_|_var100x500_"
+    args.seconds, args.min_rounds = 40.0, 3
+    # A compilation takes 20 s on two idle cores and minutes on busy ones.
+    args.flex_seconds = 120.0
 
 
 def groups(args: argparse.Namespace, device: str) -> Iterator[Callable[[], Group]]:
@@ -66,7 +80,9 @@ def groups(args: argparse.Namespace, device: str) -> Iterator[Callable[[], Group
     default = "bfloat16" if device.startswith("cuda") else "float32,bfloat16"
     names = (args.dtypes or default).split(",")
     if unknown := set(names) - set(DTYPES):
-        raise SystemExit(f"--dtypes: expected names among {', '.join(DTYPES)}, got {', '.join(sorted(unknown))}")
+        raise SystemExit(
+            f"--dtypes: expected names among {', '.join(DTYPES)}, got {', '.join(sorted(unknown))}"
+        )
     listed = cases.perf(args.seqlen, args.heads) if args.shape == "plain" else cases.real(args.shape)
     chosen = re.compile(args.select)
     for dim in sorted({case.head_dim for case in listed}):
@@ -112,10 +128,14 @@ def attention_group(listed: list[cases.AttentionCase], dtype, device: str, args)
 
 
 def make_qkv(case: cases.AttentionCase, dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    if case.seqlen_q * case.heads * case.head_dim > 2**26:  # drawn where it is used: a CPU would take half a minute
+    if (
+        case.seqlen_q * case.heads * case.head_dim > 2**26
+    ):  # drawn where it is used: a CPU would take half a minute
         gen = torch.Generator(device).manual_seed(case.seed)
         size = (case.batch, case.seqlen_q, case.heads, case.head_dim)
-        return tuple(torch.randn(size, generator=gen, device=device, dtype=dtype).transpose(1, 2) for _ in range(3))
+        return tuple(
+            torch.randn(size, generator=gen, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)
+        )
     gen = torch.Generator().manual_seed(case.seed)
     lengths = (case.seqlen_q, case.seqlen_kv, case.seqlen_kv)
     return tuple(cases.make_tensor(case, length, gen, dtype).to(device) for length in lengths)
@@ -172,8 +192,11 @@ def attention_case(case, q, k, v, made, group: Group, dense_names: list[str], ar
 def sparse_peers(case, q, k, v, made, group: Group, check, args) -> list[Peer]:
     """Peers that skip blocks too; each is checked as we are, with room for a coarser internal precision."""
     peers = []
+    late = args.flex_seconds and time.perf_counter() - STARTED > args.flex_seconds
     for name, make in attention_peers.sparse(group.device).items():
-        if name == "FlexAttention" and args.no_flex:
+        if name == "FlexAttention" and (args.no_flex or late):
+            if late:
+                peers.append(Peer(name, reason="not compiled, to keep the run short"))
             continue
         key = f"{name} {case.name}"
         try:
@@ -249,7 +272,7 @@ class RowCheck:
 
 
 def exact_rows(q, k, v, counts, lists, kwargs, rows: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Attention of some query rows in fp64, on the tensors' device: out, lse (both on the CPU), largest logit."""
+    """Attention of some query rows in fp64 where the tensors are: out and lse on the CPU, largest logit."""
     batch, heads, seqlen_q, dim = q.shape
     scale = dim**-0.5 if kwargs.get("scale") is None else kwargs["scale"]
     rows = rows.to(q.device)
@@ -319,9 +342,17 @@ class PlannerInputs:
         rows = torch.randint(s, (1, h, c), generator=gen, device=device)
         self.centroids = self.x.gather(2, rows[..., None].expand(-1, -1, -1, d)).contiguous()
         self.labels = torch.randint(c, (1, h, s), generator=gen, device=device, dtype=torch.int32)
-        self.sorted_idx, self.offsets = defs.label_sort_naive(self.labels, c)
+        self.sorted_idx, self.offsets = sorted_labels(self.labels, c)
         self.scores = randn(1, h, size.q_clusters, c) * 2
         self.keep = max(1, c // 4)
+
+
+def sorted_labels(labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
+    """label_sort in torch, without the definition's one-hot matrix, which fills the memory at real sizes."""
+    counts = torch.zeros(*labels.shape[:2], num_labels, dtype=torch.int32, device=labels.device)
+    counts.scatter_add_(-1, labels.long(), torch.ones_like(labels))
+    offsets = torch.nn.functional.pad(counts.cumsum(-1), (1, 0)).int()
+    return labels.argsort(dim=-1, stable=True).int(), offsets
 
 
 def planner_group(names: list[str], size: Size, dtype, device: str) -> Group:
@@ -403,7 +434,9 @@ def mean_pool_case(i: PlannerInputs):
     block, x = 128, i.x
     whole = i.size.tokens // block * block
     check = _close(lambda: defs.mean_pool_blocks_naive(x, block_size=block), 3e-6)
-    case = Case("mean_pool_blocks", i.size.name, i.dtype, lambda: ops.mean_pool_blocks(x, block_size=block), check)
+    case = Case(
+        "mean_pool_blocks", i.size.name, i.dtype, lambda: ops.mean_pool_blocks(x, block_size=block), check
+    )
     case.nbytes = _nbytes(x) + x.numel() // block * 4
     # The peer leaves the ragged last block out, which costs it nothing.
     return case, {"torch": lambda: x[:, :, :whole].unflatten(2, (-1, block)).mean(3, dtype=torch.float32)}
@@ -414,7 +447,9 @@ def kmeans_case(i: PlannerInputs):
 
     def check(labels) -> None:
         rows = sample_rows(i.size.tokens, 2048).to(x.device)
-        assert labels.dtype == torch.int32 and int(labels.min()) >= 0 and int(labels.max()) < c.shape[2], "range"
+        assert labels.dtype == torch.int32 and int(labels.min()) >= 0 and int(labels.max()) < c.shape[2], (
+            "range"
+        )
         distance = torch.cdist(x[:, :, rows].double(), c.double()).square()
         chosen = distance.gather(-1, labels[:, :, rows].long()[..., None])[..., 0]
         worst = float((chosen - distance.amin(-1)).max())
@@ -423,7 +458,9 @@ def kmeans_case(i: PlannerInputs):
 
     def torch_formula():
         half = c.float().square().sum(-1)[..., None, :] / 2
-        return torch.stack([(a @ b.T).sub_(n.to(a.dtype)).argmax(-1) for a, b, n in zip(x[0], c[0], half[0], strict=True)])
+        return torch.stack(
+            [(a @ b.T).sub_(n.to(a.dtype)).argmax(-1) for a, b, n in zip(x[0], c[0], half[0], strict=True)]
+        )
 
     case = Case("kmeans_assign", i.size.name, i.dtype, lambda: ops.kmeans_assign(x, c), check)
     case.flops = 2.0 * x.numel() * c.shape[2]
@@ -434,16 +471,10 @@ def kmeans_case(i: PlannerInputs):
 def label_sort_case(i: PlannerInputs):
     labels, c = i.labels, i.size.k_clusters
 
-    def torch_formula():
-        order = labels.argsort(dim=-1, stable=True)
-        counts = torch.zeros(*labels.shape[:2], c, dtype=torch.int32, device=labels.device)
-        counts.scatter_add_(-1, labels.long(), torch.ones_like(labels))
-        return order, counts.cumsum(-1)
-
     check = _same(i.sorted_idx, i.offsets)
     case = Case("label_sort", i.size.name, torch.int32, lambda: ops.label_sort(labels, c), check)
     case.nbytes = 2 * _nbytes(labels) + _nbytes(i.offsets)
-    return case, {"torch": torch_formula}
+    return case, {"torch": lambda: sorted_labels(labels, c)}
 
 
 def segment_mean_case(i: PlannerInputs):
@@ -488,7 +519,9 @@ def topp_case(i: PlannerInputs):
         kept = torch.where(keep, mass, 0.0).sum(-1)
         lightest = torch.where(keep, mass, torch.inf).amin(-1)
         heaviest_out = torch.where(keep, -torch.inf, mass).amax(-1)
-        assert (heaviest_out <= lightest * (1 + 1e-5) + 1e-12).all(), "a lighter block was kept than one left out"
+        assert (heaviest_out <= lightest * (1 + 1e-5) + 1e-12).all(), (
+            "a lighter block was kept than one left out"
+        )
         assert (kept > p - 1e-5).all(), "the kept mass does not exceed p"
         assert ((kept - lightest <= p + 1e-5) | (counts == 1)).all(), "a block more than needed was kept"
 
@@ -539,14 +572,18 @@ def svg2_group(size: Size, dtype, device: str) -> Group:
         return method.plan(q, k, layout, state).attend(q, k, v)
 
     def run_case(part, call, check, attends: bool):
-        case = Case("svg2", f"{size.name}_{part}", dtype, call, check, sizes=size.describe() | {"density": density})
+        case = Case(
+            "svg2", f"{size.name}_{part}", dtype, call, check, sizes=size.describe() | {"density": density}
+        )
         if attends:
             case.flops, case.exps = 4.0 * size.dim * pairs, float(pairs)
         # Against dense attention as it is: the question is what the method saves, planning included.
         case.peers = [Peer(name.removesuffix(" x density"), name) for name in dense]
         group.cases.append(case)
 
-    run_case("plan", lambda: method.plan(q, k, layout, state), lambda made: made.validate(*[size.tokens] * 2), False)
+    run_case(
+        "plan", lambda: method.plan(q, k, layout, state), lambda made: made.validate(*[size.tokens] * 2), False
+    )
     run_case("permute_attend", lambda: plan.attend(q, k, v), check, True)
     run_case("whole", whole, lambda result: _plausible(result, q), True)
     return group
@@ -569,7 +606,10 @@ def topical_qkv(size: Size, dtype, device: str) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _permuted(plan, q, k, v) -> tuple:
-    q, k, v = defs.permute_rows_naive(q, plan.q_index), *(defs.permute_rows_naive(t, plan.kv_index) for t in (k, v))
+    q, k, v = (
+        defs.permute_rows_naive(q, plan.q_index),
+        *(defs.permute_rows_naive(t, plan.kv_index) for t in (k, v)),
+    )
     kwargs = {"q_offsets": plan.q_offsets, "kv_offsets": plan.kv_offsets, "scale": None}
     return q, k, v, plan.kv_num_blocks, plan.kv_indices, kwargs
 

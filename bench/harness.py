@@ -97,7 +97,10 @@ def short(error: BaseException | str) -> str:
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """New tensors are filled with NaN, so that an element that no kernel wrote fails the check."""
-    fill, strict = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    fill, strict = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.are_deterministic_algorithms_enabled(),
+    )
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -113,15 +116,28 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleave(calls: dict[str, Callable[[], Any]], device: str, settings: Settings) -> dict[str, list[float]]:
-    """Microseconds of each call in each round; every round runs all of them, starting one further on.
+@dataclass
+class Samples:
+    """Microseconds of one call, an entry a round.
+
+    Attributes:
+        wall: what counts.
+        cpu: processor time of all threads together, on a CPU only: hardly moved by what else the machine does.
+    """
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
+def interleave(calls: dict[str, Callable[[], Any]], device: str, settings: Settings) -> dict[str, Samples]:
+    """Time each call in each round; every round runs all of them, starting one further on.
 
     On a GPU the L2 cache is overwritten before each call, and events take the time on the device; that
     overwriting also gives the host time to queue the launches, so short kernels are not timed as launch gaps.
     """
     timer = _EventTimer() if device.startswith("cuda") else _ClockTimer()
     names = list(calls)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples = {name: Samples() for name in names}
     begun = time.perf_counter()
     for done in range(settings.max_rounds):
         spent = time.perf_counter() - begun
@@ -131,23 +147,25 @@ def interleave(calls: dict[str, Callable[[], Any]], device: str, settings: Setti
         shift = done % len(names) if names else 0
         for name in names[shift:] + names[:shift]:
             timer.time(name, calls[name])
-        for name, us in timer.collect():
-            samples[name].append(us)
+        timer.collect(samples)
     return samples
 
 
 class _ClockTimer:
     def __init__(self) -> None:
-        self._taken: list[tuple[str, float]] = []
+        self._taken: list[tuple[str, float, float]] = []
 
     def time(self, name: str, call: Callable[[], Any]) -> None:
-        start = time.perf_counter()
+        cpu, start = time.process_time(), time.perf_counter()
         call()
-        self._taken.append((name, (time.perf_counter() - start) * 1e6))
+        end = time.perf_counter()
+        self._taken.append((name, (end - start) * 1e6, (time.process_time() - cpu) * 1e6))
 
-    def collect(self) -> list[tuple[str, float]]:
-        taken, self._taken = self._taken, []
-        return taken
+    def collect(self, samples: dict[str, Samples]) -> None:
+        for name, wall, cpu in self._taken:
+            samples[name].wall.append(wall)
+            samples[name].cpu.append(cpu)
+        self._taken.clear()
 
 
 class _EventTimer:
@@ -164,10 +182,11 @@ class _EventTimer:
         end.record()
         self._taken.append((name, start, end))
 
-    def collect(self) -> list[tuple[str, float]]:
+    def collect(self, samples: dict[str, Samples]) -> None:
         torch.cuda.synchronize()
-        taken, self._taken = self._taken, []
-        return [(name, start.elapsed_time(end) * 1e3) for name, start, end in taken]
+        for name, start, end in self._taken:
+            samples[name].wall.append(start.elapsed_time(end) * 1e3)
+        self._taken.clear()
 
 
 def check_case(case: Case, device: str) -> str:
@@ -218,7 +237,7 @@ def measure(group: Group, settings: Settings, say: Callable[[str], None] = lambd
         }
         if not faults[id(case)]:
             own = samples[f"case {good.index(case)}"]
-            row |= _statistics(own) | _rates(case, statistics.median(own))
+            row |= _statistics(own) | _rates(case, statistics.median(own.wall))
             row["peers"] = {peer.name: _compare(own, peer, samples) for peer in case.peers}
             row["target"] = _judge(case.target, row["peers"])
         elif case.target is not None:
@@ -242,36 +261,44 @@ def _try_peer(peer: Peer, group: Group) -> str:
     return ""
 
 
-def _statistics(us: list[float]) -> dict:
-    return {"us": statistics.median(us), "us_min": min(us), "us_max": max(us), "rounds": len(us), "samples_us": us}
+def _statistics(own: Samples) -> dict:
+    wall = own.wall
+    found = {"us": statistics.median(wall), "us_min": min(wall), "us_max": max(wall), "rounds": len(wall)}
+    return found | {"samples_us": wall} | ({"cpu_us": statistics.median(own.cpu)} if own.cpu else {})
 
 
 def _rates(case: Case, us: float) -> dict:
     return {"tflops": case.flops / us / 1e6, "gbps": case.nbytes / us / 1e3}
 
 
-def _compare(own: list[float], peer: Peer, samples: dict[str, list[float]]) -> dict:
+def _compare(own: Samples, peer: Peer, samples: dict[str, Samples]) -> dict:
     if peer.call is None:
         return {"reason": peer.reason}
     theirs = samples[peer.call]
-    # Of one round, hence close in time: a disturbance of the machine hits both.
-    ratios = [a / (peer.scale * b) for a, b in zip(own, theirs, strict=True)]
     return {
-        "us": statistics.median(theirs),
+        "us": statistics.median(theirs.wall),
         "scale": peer.scale,
-        "ratio": statistics.median(ratios),
-        "ratio_of_minima": min(own) / (peer.scale * min(theirs)),
-        "samples_us": theirs,
+        "ratio": _ratio(own.wall, theirs.wall, peer.scale),
+        "ratio_of_minima": min(own.wall) / (peer.scale * min(theirs.wall)),
+        **({"cpu_ratio": _ratio(own.cpu, theirs.cpu, peer.scale)} if own.cpu else {}),
+        "samples_us": theirs.wall,
     }
+
+
+def _ratio(own: list[float], theirs: list[float], scale: float) -> float:
+    """Median over the rounds. Of one round, the two are close in time: a disturbance hits both."""
+    return statistics.median(a / max(scale * b, 1e-9) for a, b in zip(own, theirs, strict=True))
 
 
 def _judge(target: tuple[str, float] | None, peers: dict[str, dict]) -> dict | None:
     if target is None:
         return None
     name, at_most = target
-    ratio = peers.get(name, {}).get("ratio")
+    peer = peers.get(name, {})
+    ratio = peer.get("ratio")
     verdict = "not measured" if ratio is None else "pass" if ratio <= at_most else "fail"
-    return {"peer": name, "at_most": at_most, "measured": ratio, "verdict": verdict}
+    judged = {"peer": name, "at_most": at_most, "measured": ratio, "verdict": verdict}
+    return judged | ({"cpu_measured": peer["cpu_ratio"]} if "cpu_ratio" in peer else {})
 
 
 def _free(group: Group) -> None:

@@ -51,7 +51,15 @@ def gpu_facts() -> dict | None:
         "capability": f"{major}.{minor}",
         "memory_bytes": torch.cuda.get_device_properties(0).total_memory,
     }
-    fields = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "driver_version")
+    fields = (
+        "clocks.sm",
+        "clocks.max.sm",
+        "clocks.mem",
+        "power.draw",
+        "power.limit",
+        "temperature.gpu",
+        "driver_version",
+    )
     found = output_of("nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
     if found:
         facts |= dict(zip(fields, (part.strip() for part in found.splitlines()[0].split(",")), strict=False))
@@ -87,7 +95,9 @@ def facts() -> dict:
         },
         "versions": versions(),
         "commit": output_of("git", "rev-parse", "--short=12", "HEAD") or "unknown",
-        "uncommitted_changes": bool(output_of("git", "status", "--porcelain", "--untracked-files=no", "csrc", "python", "bench")),
+        "uncommitted_changes": bool(
+            output_of("git", "status", "--porcelain", "--untracked-files=no", "csrc", "python", "bench")
+        ),
     }
 
 

@@ -14,19 +14,23 @@ def columns(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
         peers += [name for name, peer in row.get("peers", {}).items() if name not in peers and "ratio" in peer]
     targets = any(row.get("target") for row in rows)
     head = ["op", "case", "dtype", "device", "us", "TFLOP/s", "GB/s", "of floor"]
-    head += [f"/ {name}" for name in peers] + (["target", "verdict"] if targets else [])
-    return head, [_cells(row, peers, targets) for row in rows]
+    head += [f"/ {name}" for name in peers]
+    processor = any((row.get("target") or {}).get("cpu_measured") for row in rows)
+    head += (["CPU time / peer"] if processor else []) + (["target", "verdict"] if targets else [])
+    return head, [_cells(row, peers, targets, processor) for row in rows]
 
 
-def _cells(row: dict, peers: list[str], targets: bool) -> list[str]:
+def _cells(row: dict, peers: list[str], targets: bool, processor: bool) -> list[str]:
     cells = [row["op"], row["case"], row["dtype"], row["device"]]
     if row["status"] == "timed":
         cells += [_us(row["us"]), _rate(row["tflops"]), _rate(row["gbps"]), _share(row)]
         cells += [_ratio(row["peers"].get(name)) for name in peers]
     else:
         cells += [row["status"], "", "", ""] + [""] * len(peers)
+    target = row.get("target") or {}
+    if processor:
+        cells.append(f"{target['cpu_measured']:.2f}" if target.get("cpu_measured") else "-")
     if targets:
-        target = row.get("target") or {}
         cells += [f"<= {target['at_most']:g}" if target else "", target.get("verdict", "")]
     return cells
 
@@ -66,8 +70,8 @@ def head_lines(result: dict) -> list[str]:
         f"Command: `{result['command']}`",
         f"Date: {result['date']}; commit {result['commit']}"
         + (" with uncommitted changes" if result["uncommitted_changes"] else ""),
-        f"CPU: {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['cpu_capability']}, "
-        f"{machine['system']}",
+        f"CPU: {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['cpu_capability']}, {machine['system']}",
     ]
     if gpu:
         extra = "; ".join(f"{key} {value}" for key, value in gpu.items() if key not in ("name", "memory_bytes"))
@@ -82,7 +86,10 @@ def head_lines(result: dict) -> list[str]:
     )
     for ceiling in result["ceilings"]:
         rates = [f"{name} {_engineering(rate)}, from the table" for name, rate in ceiling["known"].items()]
-        rates += [f"{name} {_engineering(rate)}, best measured in this run" for name, rate in ceiling["measured"].items()]
+        rates += [
+            f"{name} {_engineering(rate)}, best measured in this run"
+            for name, rate in ceiling["measured"].items()
+        ]
         lines.append(f"Ceilings of {ceiling['device']}: " + "; ".join(rates))
     return lines
 
@@ -96,7 +103,9 @@ def notes(result: dict) -> list[str]:
     lines = []
     for row in result["rows"]:
         if row["status"] != "timed":
-            lines.append(f"Not timed: {row['op']} {row['case']} {row['dtype']} on {row['device']}: {row['check']}")
+            lines.append(
+                f"Not timed: {row['op']} {row['case']} {row['dtype']} on {row['device']}: {row['check']}"
+            )
     lines += [f"Peer not measured: {line}" for line in reasons(result["rows"])]
     verdicts = [row["target"]["verdict"] for row in result["rows"] if row.get("target")]
     if verdicts:
@@ -110,8 +119,10 @@ def markdown(result: dict) -> str:
     lines += [f"- {line}" for line in head_lines(result)]
     lines += [
         "",
-        "`/ peer` is our time over the peer's in the same rounds (below 1 is faster); dense peers are scaled by the "
-        "kept density. `of floor` is the least time that the machine allows over ours, and what binds.",
+        "`/ peer` is our time over the peer's in the same rounds (below 1 is faster); dense peers are scaled "
+        "by the kept density. `of floor` is the least time that the machine allows over ours, and what binds. "
+        "`CPU time / peer` is the ratio to the target's peer in processor time of all threads, which other "
+        "work on the machine moves less.",
         "",
     ]
     lines += ["| " + " | ".join(head) + " |", "|" + "|".join("---" for _ in head) + "|"]
@@ -141,13 +152,17 @@ def show(result: dict, *, stream=None) -> None:
 
 
 def _coloured(cell: str) -> str:
-    return {"pass": "[green]pass[/]", "fail": "[red]fail[/]", "check failed": "[red]check failed[/]"}.get(cell, cell)
+    return {"pass": "[green]pass[/]", "fail": "[red]fail[/]", "check failed": "[red]check failed[/]"}.get(
+        cell, cell
+    )
 
 
 def _plain(head: list[str], body: list[list[str]], stream) -> None:
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     for line in [head, *body]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip(), file=stream)
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip(), file=stream
+        )
 
 
 def write(result: dict, folder: Path, name: str) -> tuple[Path, Path]:
@@ -167,9 +182,9 @@ def _json(result: dict) -> str:
 
 
 def _rounded(value):
-    """Six significant digits are plenty, and keep the files small."""
+    """Ten significant digits are plenty, and keep the files small."""
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.10g}")
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -35,14 +35,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
     families = parser.add_subparsers(dest="family", required=True, metavar="|".join(FAMILIES))
     for name in FAMILIES:
         family = families.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        family.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where usable")
-        family.add_argument("--figures", action="store_true", help="the promised CPU figures against their targets")
-        family.add_argument("--seconds", type=float, default=10.0, help="time for each group, checks not included")
+        family.add_argument(
+            "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where usable"
+        )
+        family.add_argument(
+            "--figures", action="store_true", help="the promised CPU figures against their targets"
+        )
+        family.add_argument(
+            "--seconds", type=float, default=10.0, help="time for each group, checks not included"
+        )
         family.add_argument("--min-rounds", type=int, default=5, help="at least so many rounds")
         family.add_argument("--max-rounds", type=int, default=51, help="at most so many rounds")
-        family.add_argument("--budget", type=float, default=0.0, help="seconds after which no group is begun; 0: none")
-        family.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for JSON and Markdown")
-        family.add_argument("--name", default="", help="name of the result files; default: date, machine, family")
+        family.add_argument(
+            "--budget", type=float, default=0.0, help="seconds after which no group is begun; 0: none"
+        )
+        family.add_argument(
+            "--out", type=Path, default=ROOT / "bench" / "results", help="folder for JSON and Markdown"
+        )
+        family.add_argument(
+            "--name", default="", help="name of the result files; default: date, machine, family"
+        )
         family.add_argument("--no-files", action="store_true", help="only print")
         importlib.import_module(f"bench_{name}").add_arguments(family)
     return parser.parse_args(argv)
@@ -117,8 +129,8 @@ def add_floor(row: dict, ceilings: Ceilings) -> None:
 def unmade(device: str, reason: str) -> dict:
     """The row of a group whose tensors could not be made."""
     return {
-        "group": "", "op": "-", "case": "-", "dtype": "-", "device": device, "sizes": {}, "flops": 0.0, "bytes": 0.0,
-        "exps": 0.0, "check": reason, "status": "not made",
+        "group": "", "op": "-", "case": "-", "dtype": "-", "device": device, "sizes": {},
+        "flops": 0.0, "bytes": 0.0, "exps": 0.0, "check": reason, "status": "not made",
     }  # fmt: skip
 
 

@@ -1,0 +1,188 @@
+"""The benches themselves: results are complete, a wrong op is never timed, the GPU script holds together."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCH = ROOT / "bench"
+if str(BENCH) not in sys.path:
+    sys.path.insert(0, str(BENCH))
+
+import bench_attention  # noqa: E402
+import harness  # noqa: E402
+import run as bench_run  # noqa: E402
+import summary  # noqa: E402
+
+TINY = ["attention", "--device", "cpu", "--seqlen", "256", "--heads", "2", "--dtypes", "float32", "--no-flex"]
+TINY += ["--seconds", "0.05", "--min-rounds", "2", "--max-rounds", "3"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Ceilings in milliseconds, and the memory poison of the other tests off: the harness brings its own."""
+    monkeypatch.setattr(bench_run.Ceilings, "_matmul_rate", lambda self, dtype, seconds: 1e12)
+    monkeypatch.setattr(bench_run.Ceilings, "_copy_rate", lambda self, seconds: 1e10)
+    torch.use_deterministic_algorithms(False)
+
+
+def result_of(tmp_path, *extra) -> tuple[int, dict, str]:
+    code = bench_run.main([*TINY, *extra, "--out", str(tmp_path), "--name", "tiny"])
+    return code, json.loads((tmp_path / "tiny.json").read_text()), (tmp_path / "tiny.md").read_text()
+
+
+def test_result_is_complete(tmp_path):
+    code, result, page = result_of(tmp_path, "--select", "d64")
+    assert code == 0
+    for key in (
+        "schema",
+        "family",
+        "date",
+        "command",
+        "machine",
+        "versions",
+        "commit",
+        "load_average",
+        "ceilings",
+    ):
+        assert result[key], key
+    assert {"cpu", "cores", "threads", "gpu", "niceness"} <= result["machine"].keys()
+    assert {row["op"] for row in result["rows"]} == set(bench_attention.OPS)
+    for row in result["rows"]:
+        assert row["status"] == "timed" and row["check"] == "passed", row
+        assert row["us"] > 0 and row["rounds"] == len(row["samples_us"]) >= 2
+        assert any("ratio" in peer for peer in row["peers"].values()), row["op"]
+        assert row["op"] in page and row["case"] in page
+    attention = [row for row in result["rows"] if row["op"] == "block_sparse_attention"]
+    assert all(
+        row["flops"] > 0 and row["floor_us"] > 0 and row["target"]["at_most"] in (1.2, 1.4) for row in attention
+    )
+    assert str(tmp_path) not in page and str(ROOT) not in json.dumps(result), "no folders of this machine"
+
+
+def test_density_and_work_are_those_of_the_lists(tmp_path):
+    _, result, _ = result_of(tmp_path, "--ops", "block_sparse_attention", "--select", "d64_b64_rho0.5")
+    (row,) = result["rows"]
+    assert row["sizes"]["density"] == pytest.approx(0.5)
+    assert row["flops"] == 4 * 64 * 2 * 256 * 256 * 0.5
+    assert row["peers"]["SDPA x density"]["scale"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("fault", ["wrong value", "unwritten rows", "raises"])
+def test_a_wrong_op_is_not_timed(tmp_path, monkeypatch, fault):
+    right = bench_attention.ops.block_sparse_attention
+    calls = []
+
+    def wrong(*args, **kwargs):
+        calls.append(1)
+        out, lse = right(*args, **kwargs)
+        if fault == "wrong value":
+            out[..., 200, 3] += 0.5
+        elif fault == "unwritten rows":
+            out[..., 7:9, :] = torch.nan
+        else:
+            raise RuntimeError("vdit::block_sparse_attention: no")
+        return out, lse
+
+    monkeypatch.setattr(bench_attention.ops, "block_sparse_attention", wrong)
+    code, result, page = result_of(tmp_path, "--ops", "block_sparse_attention", "--select", "d64_b128_rho0.5")
+    (row,) = result["rows"]
+    assert code == 1 and row["status"] == "check failed" and "us" not in row
+    assert len(calls) == 1, "called for the check and never again"
+    assert "Not timed" in page and row["target"]["verdict"] == "check failed"
+
+
+def test_sampled_rows_find_what_a_full_check_finds():
+    q, k, v = (torch.randn(1, 2, 1000, 64) for _ in range(3))
+    counts = torch.full((1, 2, 8), 3, dtype=torch.int32)
+    lists = torch.tensor([[[[0, 7, 7, 99]] * 8] * 2], dtype=torch.int32)  # twice listed, tail not to be read
+    kwargs = {"q_block_size": 128, "kv_block_size": 128}
+    naive = bench_attention.defs.block_sparse_attention_naive(q, k, v, counts, lists, **kwargs)
+    rows = bench_attention.sample_rows(1000, 32)
+    check = bench_attention.RowCheck(q, k, v, counts, lists, kwargs, rows)
+    check(naive)
+    assert rows[0] == 0 and rows[-1] == 999
+    naive[0][0, 1, 999, 5] += 1e-3
+    with pytest.raises(AssertionError, match="out: absolute error"):
+        check(naive)
+
+
+def test_a_peer_that_computes_something_else_is_left_out():
+    group = harness.Group("g", "cpu", [], {"liar": lambda: torch.zeros(3), "broken": lambda: 1 / 0})
+
+    def check(result):
+        assert bool((result == 1).all()), "not one"
+
+    case = harness.Case("op", "c", torch.float32, lambda: torch.ones(3), check)
+    case.peers = [harness.Peer("liar", "liar", check=check), harness.Peer("broken", "broken")]
+    group.cases.append(case)
+    (row,) = harness.measure(group, harness.Settings(0.01, 1, 2))
+    assert row["status"] == "timed"
+    assert row["peers"]["liar"] == {"reason": "its result is not the definition's: not one"}
+    assert "ZeroDivisionError" in row["peers"]["broken"]["reason"]
+
+
+def test_rounds_are_interleaved():
+    order = []
+    calls = {name: lambda n=name: order.append(n) for name in "abc"}
+    samples = harness.interleave(calls, "cpu", harness.Settings(0.0, 3, 3))
+    assert order == list("abcbcacab")
+    assert all(len(s.wall) == len(s.cpu) == 3 for s in samples.values())
+
+
+def test_errors_lose_their_folders():
+    assert harness.short("No such file: /some/where/lib.so\nmore") == "No such file: lib.so"
+    assert bench_run.hide_paths(["--out=/a/b/c", "/a/b/d", "--x", "y"]) == ["--out=.../c", ".../d", "--x", "y"]
+
+
+def shell(*arguments):
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=30)
+
+
+def test_gpu_script_dry_run():
+    assert shell("bash", "-n", "bench/gpu.sh").returncode == 0
+    done = shell("bash", "bench/gpu.sh", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    names = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("stage ")]
+    assert names[:4] == ["environment", "build", "loads", "check_attention"]
+    assert [n for n in names if n.startswith("attention-")] and names[-1] == "svg2-hunyuan"
+    prebuilt = shell("bash", "bench/gpu.sh", "--dry-run", "--libraries", "elsewhere").stdout
+    assert "stage build" not in prebuilt
+    assert shell("bash", "bench/gpu.sh", "--nonsense").returncode == 2
+
+
+def test_gpu_script_arguments_parse():
+    """Every timing stage of the script is a command line that run.py takes."""
+    done = shell("bash", "bench/gpu.sh", "--dry-run")
+    lines = [
+        line.split("bench/run.py ", 1)[1].split() for line in done.stdout.splitlines() if "bench/run.py" in line
+    ]
+    assert len(lines) >= 6
+    for words in lines:
+        args = bench_run.parse(words)
+        args.shape = "plain" if args.shape == "plain" else args.shape
+        assert list(bench_attention.groups(args, "cuda")), words
+
+
+def test_check_script_goes_on_after_failures(tmp_path):
+    """On the CPU backend, one small op; and a start that fails is reported, not swallowed."""
+    out = tmp_path / "check_attention.json"
+    command = [sys.executable, "bench/check_cuda.py", "--backend", "cpu", "--op", "stream", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [r["fault"] for r in json.loads(out.read_text())["results"]] == [""]
+    out.write_text(
+        json.dumps(
+            {"results": [{"op": "a", "case": "c", "fault": "bad"}, {"op": "a", "case": "d", "fault": ""}]}
+        )
+    )
+    assert summary.check_lines(tmp_path)[:2] == [
+        "a                           1 passed    1 failed",
+        "  FAIL a c: bad",
+    ]
