@@ -37,17 +37,19 @@
 #endif
 
 // NOTE: tensor.hpp first: in CUTLASS 4.2 the atom headers do not compile before it.
+// clang-format off
 #include <cute/tensor.hpp>
-
 #include <cute/atom/copy_atom.hpp>
 #include <cute/atom/copy_traits_sm75.hpp>
 #include <cute/atom/copy_traits_sm80.hpp>
 #include <cute/atom/mma_atom.hpp>
 #include <cute/atom/mma_traits_sm80.hpp>
+// clang-format on
 
 namespace vdit {
 
-// Where a collective is called. Callers leave it out: the emulator's errors name the line, the GPU's is empty.
+// Where a collective is called. Callers leave it out: the emulator's errors name the line, the GPU's is
+// empty.
 #if defined(VDIT_EMU)
 using Site = emu::Site;
 #else
@@ -199,7 +201,8 @@ VDIT_DEVICE T shfl_xor(T v, int mask, Site at = Site::here()) {
   using Word = detail::ShuffleWord<T>;
 #if defined(VDIT_EMU)
   int const source = lane_idx() ^ mask;
-  return detail::bits_as<T>(static_cast<Word>(emu::shuffle("shfl_xor", detail::bits_as<Word>(v), source, at)));
+  return detail::bits_as<T>(
+      static_cast<Word>(emu::shuffle("shfl_xor", detail::bits_as<Word>(v), source, at)));
 #else
   return detail::bits_as<T>(__shfl_xor_sync(0xffffffffu, detail::bits_as<Word>(v), mask));
 #endif
@@ -225,7 +228,8 @@ VDIT_DEVICE T shfl_down(T v, int delta, Site at = Site::here()) {
   using Word = detail::ShuffleWord<T>;
 #if defined(VDIT_EMU)
   int const source = lane_idx() + delta;
-  return detail::bits_as<T>(static_cast<Word>(emu::shuffle("shfl_down", detail::bits_as<Word>(v), source, at)));
+  return detail::bits_as<T>(
+      static_cast<Word>(emu::shuffle("shfl_down", detail::bits_as<Word>(v), source, at)));
 #else
   return detail::bits_as<T>(__shfl_down_sync(0xffffffffu, detail::bits_as<Word>(v), delta));
 #endif
@@ -320,9 +324,10 @@ VDIT_DEVICE void cp_async_16(void* smem_dst, void const* gmem_src, bool valid, S
 #if defined(VDIT_EMU)
   emu::cp_async_16(smem_dst, gmem_src, valid, at);
 #else
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(detail::shared_address(smem_dst)),
-               "l"(gmem_src), "r"(valid ? 16 : 0)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(detail::shared_address(smem_dst)),
+      "l"(gmem_src), "r"(valid ? 16 : 0)
+      : "memory");
 #endif
 }
 
@@ -532,9 +537,9 @@ struct MmaOp_m16n8k16 {
   using BRegisters = uint32_t[2];
   using CRegisters = float[4];
 
-  VDIT_HOST_DEVICE static void fma(float& d0, float& d1, float& d2, float& d3,                            //
-                                   uint32_t const& a0, uint32_t const& a1, uint32_t const& a2,            //
-                                   uint32_t const& a3, uint32_t const& b0, uint32_t const& b1,            //
+  VDIT_HOST_DEVICE static void fma(float& d0, float& d1, float& d2, float& d3,                  //
+                                   uint32_t const& a0, uint32_t const& a1, uint32_t const& a2,  //
+                                   uint32_t const& a3, uint32_t const& b0, uint32_t const& b1,  //
                                    float const& c0, float const& c1, float const& c2, float const& c3) {
     float d[4] = {c0, c1, c2, c3};
     uint32_t const a[4] = {a0, a1, a2, a3};
@@ -550,10 +555,10 @@ struct MmaOp_m16n8k32_s8 {
   using BRegisters = uint32_t[2];
   using CRegisters = uint32_t[4];
 
-  VDIT_HOST_DEVICE static void fma(uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3,                //
-                                   uint32_t const& a0, uint32_t const& a1, uint32_t const& a2,            //
-                                   uint32_t const& a3, uint32_t const& b0, uint32_t const& b1,            //
-                                   uint32_t const& c0, uint32_t const& c1, uint32_t const& c2,            //
+  VDIT_HOST_DEVICE static void fma(uint32_t& d0, uint32_t& d1, uint32_t& d2, uint32_t& d3,      //
+                                   uint32_t const& a0, uint32_t const& a1, uint32_t const& a2,  //
+                                   uint32_t const& a3, uint32_t const& b0, uint32_t const& b1,  //
+                                   uint32_t const& c0, uint32_t const& c1, uint32_t const& c2,  //
                                    uint32_t const& c3) {
     int32_t d[4] = {static_cast<int32_t>(c0), static_cast<int32_t>(c1), static_cast<int32_t>(c2),
                     static_cast<int32_t>(c3)};
@@ -637,14 +642,16 @@ struct Copy_Traits<vdit::CpAsyncOp> {
   CUTE_HOST_DEVICE constexpr Copy_Traits with(bool is_valid) const { return {is_valid}; }
 
   template <class TS, class SLayout, class TD, class DLayout>
-  CUTE_HOST_DEVICE friend constexpr void copy_unpack(Copy_Traits const& traits, Tensor<TS, SLayout> const& src,
+  CUTE_HOST_DEVICE friend constexpr void copy_unpack(Copy_Traits const& traits,
+                                                     Tensor<TS, SLayout> const& src,
                                                      Tensor<TD, DLayout>& dst) {
     static_assert(is_gmem<TS>::value, "CpAsyncAtom copies from global memory: use make_gmem_ptr.");
     static_assert(is_smem<TD>::value, "CpAsyncAtom copies to shared memory: use make_smem_ptr.");
     Tensor s = recast<uint128_t>(src);
     Tensor d = recast<uint128_t>(dst);
     CUTE_STATIC_ASSERT_V(size(s) == Int<1>{}, "CpAsyncAtom needs 16 contiguous bytes of source a thread.");
-    CUTE_STATIC_ASSERT_V(size(d) == Int<1>{}, "CpAsyncAtom needs 16 contiguous bytes of destination a thread.");
+    CUTE_STATIC_ASSERT_V(size(d) == Int<1>{},
+                         "CpAsyncAtom needs 16 contiguous bytes of destination a thread.");
     vdit::CpAsyncOp::copy(s[0], d[0], traits.valid);
   }
 };

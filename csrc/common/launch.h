@@ -41,9 +41,9 @@ bool check_launch(Grid grid) {
   static_assert(std::is_trivially_copyable<Params>::value && sizeof(Params) <= 4096,
                 "Params must be plain data of at most 4096 bytes, as kernel arguments are.");
   if (grid.x > 2147483647u || grid.y > 65535u || grid.z > 65535u) {
-    throw std::runtime_error(kernel_name<Kernel>() + ": the grid may be at most 2147483647 x 65535 x 65535, got " +
-                             std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
-                             std::to_string(grid.z) + ".");
+    throw std::runtime_error(
+        kernel_name<Kernel>() + ": the grid may be at most 2147483647 x 65535 x 65535, got " +
+        std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) + ".");
   }
   return grid.x > 0 && grid.y > 0 && grid.z > 0;
 }
@@ -54,7 +54,11 @@ bool check_launch(Grid grid) {
 template <class Kernel>
 void launch(Grid grid, size_t smem_bytes, void* /*stream*/, typename Kernel::Params const& p) {
   if (!detail::check_launch<Kernel>(grid)) return;
-  emu::run_grid({kernel_name<Kernel>(), {grid.x, grid.y, grid.z}, Kernel::kThreads, smem_bytes, &p,
+  emu::run_grid({kernel_name<Kernel>(),
+                 {grid.x, grid.y, grid.z},
+                 Kernel::kThreads,
+                 smem_bytes,
+                 &p,
                  [](void const* params, char* smem) {
                    Kernel{}(*static_cast<typename Kernel::Params const*>(params), smem);
                  }});
@@ -91,7 +95,8 @@ void allow_shared(size_t smem_bytes) {
              name + ": the shared memory limit could not be read");
   if (smem_bytes > static_cast<size_t>(allowed)) {
     throw std::runtime_error(name + ": a block needs " + std::to_string(smem_bytes) +
-                             " bytes of shared memory, but this device allows " + std::to_string(allowed) + ".");
+                             " bytes of shared memory, but this device allows " + std::to_string(allowed) +
+                             ".");
   }
   check_cuda(cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(smem_bytes)),
@@ -106,7 +111,8 @@ void launch(Grid grid, size_t smem_bytes, void* stream, typename Kernel::Params 
   if (!detail::check_launch<Kernel>(grid)) return;
   detail::allow_shared<Kernel>(smem_bytes);
   detail::kernel_entry<Kernel>
-      <<<dim3(grid.x, grid.y, grid.z), Kernel::kThreads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(p);
+      <<<dim3(grid.x, grid.y, grid.z), Kernel::kThreads, smem_bytes, static_cast<cudaStream_t>(stream)> > >(
+          p);
   detail::check_cuda(cudaGetLastError(), kernel_name<Kernel>() + ": the launch failed");
 }
 

@@ -16,9 +16,9 @@
 namespace vdit::emu {
 namespace {
 
-constexpr size_t kMostShared = 232448;  // what an H100 allows a block, the largest of the GPUs built for
-constexpr size_t kSharedAlign = 1024;   // as launch.h promises on the GPU
-constexpr size_t kCanary = 256;         // bytes watched past the end, where AddressSanitizer does not watch
+constexpr size_t kMostShared = 232448;   // what an H100 allows a block, the largest of the GPUs built for
+constexpr size_t kSharedAlign = 1024;    // as launch.h promises on the GPU
+constexpr size_t kCanary = 256;          // bytes watched past the end, where AddressSanitizer does not watch
 constexpr unsigned char kPoison = 0xFF;  // NaN in fp16, bf16 and fp32; -1 as an integer
 
 struct OrderChoice {
@@ -36,7 +36,8 @@ OrderChoice choose_order() {
   if (value == "reverse") return {Order::kReverse, 1};
   if (value == "random") return {Order::kRandom, 1};
   if (value.rfind("random:", 0) == 0) return {Order::kRandom, strtoull(value.c_str() + 7, nullptr, 10)};
-  throw std::runtime_error("VDIT_EMU_ORDER must be forward, reverse, random or random:SEED, got '" + value + "'.");
+  throw std::runtime_error("VDIT_EMU_ORDER must be forward, reverse, random or random:SEED, got '" + value +
+                           "'.");
 }
 
 struct Thread {
@@ -245,8 +246,8 @@ void Block::check_same(Rendezvous const& r, char const* name, Site at) const {
   if (equal(r.name, name) && (same_place || !r.one_place)) return;
   int const begin = r.one_place ? current_->warp() * 32 : 0;
   int const end = r.one_place ? begin + 32 : launch_->threads;
-  throw std::runtime_error(title() + "thread " + std::to_string(current_->index) + " came to " + place(name, at) +
-                           " while " + who_waits(begin, end) + ".");
+  throw std::runtime_error(title() + "thread " + std::to_string(current_->index) + " came to " +
+                           place(name, at) + " while " + who_waits(begin, end) + ".");
 }
 
 // "threads 0-63 wait at sync_block (gemm.cuh:41); thread 64 exited", for those that wait or exited.
@@ -301,8 +302,8 @@ void Block::thread_main() {
   if (!b.error_) {
     next = b.next_thread();
     if (next == nullptr && b.exited_ < b.launch_->threads) {
-      b.error_ = std::make_exception_ptr(std::runtime_error(
-          b.title() + "no thread can go on: " + b.who_waits(0, b.launch_->threads) + "."));
+      b.error_ = std::make_exception_ptr(
+          std::runtime_error(b.title() + "no thread can go on: " + b.who_waits(0, b.launch_->threads) + "."));
     }
   }
   b.current_ = next;
@@ -384,7 +385,8 @@ void Block::run(Launch const& launch) {
       at = static_cast<uint64_t>((static_cast<unsigned __int128>(i) * stride + first) % blocks);
       random_state_ = (hash ^ at * 0xD1B54A32D192ED03u) | 1;
     }
-    index_ = {static_cast<unsigned>(at % launch.grid.x), static_cast<unsigned>(at / launch.grid.x % launch.grid.y),
+    index_ = {static_cast<unsigned>(at % launch.grid.x),
+              static_cast<unsigned>(at / launch.grid.x % launch.grid.y),
               static_cast<unsigned>(at / launch.grid.x / launch.grid.y)};
     run_block();
   }
@@ -418,7 +420,8 @@ void fail(char const* name, Site at, std::string const& what) {
 }
 
 void trap(char const* why) {
-  throw std::runtime_error(block->title() + "thread " + std::to_string(thread_index()) + " trapped: " + why + ".");
+  throw std::runtime_error(block->title() + "thread " + std::to_string(thread_index()) + " trapped: " + why +
+                           ".");
 }
 
 void meet_warp(char const* name, Site at, void* operand, Compute compute) {
@@ -431,18 +434,20 @@ void meet_block(char const* name, Site at, void* operand, Compute compute) {
 
 void check_shared(char const* name, Site at, void const* p, size_t bytes) {
   // Whole numbers, because comparing pointers into different objects is undefined.
-  auto const offset = static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) -
-                                           reinterpret_cast<uintptr_t>(block->shared()));
+  auto const offset =
+      static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(block->shared()));
   auto const size = static_cast<int64_t>(block->launch().smem_bytes);
   if (std::abs(offset) > 1 << 24) fail(name, at, "an address that is not in shared memory");
   if (offset < 0 || offset + static_cast<int64_t>(bytes) > size) {
-    fail(name, at, "bytes " + std::to_string(offset) + " to " +
-                       std::to_string(offset + static_cast<int64_t>(bytes) - 1) + " of " + std::to_string(size) +
-                       " bytes of shared memory");
+    fail(name, at,
+         "bytes " + std::to_string(offset) + " to " +
+             std::to_string(offset + static_cast<int64_t>(bytes) - 1) + " of " + std::to_string(size) +
+             " bytes of shared memory");
   }
   if (offset % static_cast<int64_t>(bytes) != 0) {
-    fail(name, at, "byte " + std::to_string(offset) + " of shared memory, which is not a multiple of " +
-                       std::to_string(bytes));
+    fail(name, at,
+         "byte " + std::to_string(offset) + " of shared memory, which is not a multiple of " +
+             std::to_string(bytes));
   }
 }
 

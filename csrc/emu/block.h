@@ -1,4 +1,5 @@
-// The emulator's core as kernels see it: run a grid, ask who one is, meet the other threads, fail with a name.
+// The emulator's core as kernels see it: run a grid, ask who one is, meet the other threads, fail with a
+// name.
 #pragma once
 
 #include <cstddef>

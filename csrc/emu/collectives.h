@@ -39,7 +39,8 @@ inline uint64_t shuffle(char const* name, uint64_t value, int source, Site at) {
   meet_warp(name, at, &mine, [](void* const* operands, int count) {
     for (int i = 0; i < count; ++i) {
       auto* const to = static_cast<Operand*>(operands[i]);
-      if (to->source >= 0 && to->source < count) to->result = static_cast<Operand*>(operands[to->source])->value;
+      if (to->source >= 0 && to->source < count)
+        to->result = static_cast<Operand*>(operands[to->source])->value;
     }
   });
   return mine.result;

@@ -1,5 +1,6 @@
 // NOTE: compile this file and block.cpp without sanitizer flags even when the kernel has them: a switch must
-// not be instrumented. The sanitizers' fiber functions are weak here, so one object serves every kernel build.
+// not be instrumented. The sanitizers' fiber functions are weak here, so one object serves every kernel
+// build.
 #include "fiber.h"
 
 #include <sys/mman.h>
@@ -22,7 +23,8 @@
 extern "C" {
 #define VDIT_WEAK __attribute__((weak))
 VDIT_WEAK void __sanitizer_start_switch_fiber(void** fake_stack_save, void const* bottom, size_t size);
-VDIT_WEAK void __sanitizer_finish_switch_fiber(void* fake_stack_save, void const** bottom_old, size_t* size_old);
+VDIT_WEAK void __sanitizer_finish_switch_fiber(void* fake_stack_save, void const** bottom_old,
+                                               size_t* size_old);
 VDIT_WEAK void __asan_unpoison_memory_region(void const volatile* p, size_t size);
 VDIT_WEAK void* __tsan_get_current_fiber(void);
 VDIT_WEAK void* __tsan_create_fiber(unsigned flags);
@@ -64,7 +66,8 @@ vdit_emu_switch:
 namespace vdit::emu {
 namespace {
 
-// Virtual memory, touched only where used. Wide, because kernels at -O0 under AddressSanitizer have big frames.
+// Virtual memory, touched only where used. Wide, because kernels at -O0 under AddressSanitizer have big
+// frames.
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr unsigned kTsanNoSync = 1;  // a switch orders nothing; barriers say what they order
 
@@ -88,7 +91,8 @@ void Fiber::start(void (*entry)(), int colour) {
     void* const memory = mmap(nullptr, kStackBytes + guard, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) {
-      throw std::runtime_error(std::string("The emulator could not map a fiber's stack: ") + strerror(errno) + ".");
+      throw std::runtime_error(std::string("The emulator could not map a fiber's stack: ") + strerror(errno) +
+                               ".");
     }
     mapping_ = static_cast<char*>(memory);
     mprotect(mapping_, guard, PROT_NONE);  // an overflow faults instead of writing into a neighbour
@@ -110,8 +114,8 @@ void Fiber::start(void (*entry)(), int colour) {
   makecontext(context, entry, 0);
 #else
   auto* top = reinterpret_cast<void**>(const_cast<char*>(static_cast<char const*>(low_)) + usable);
-  *--top = nullptr;                           // where a return address would be: backtraces end here
-  *--top = reinterpret_cast<void*>(entry);    // what the switch's ret jumps to
+  *--top = nullptr;                              // where a return address would be: backtraces end here
+  *--top = reinterpret_cast<void*>(entry);       // what the switch's ret jumps to
   for (int i = 0; i < 6; ++i) *--top = nullptr;  // the registers that it pops
   saved_ = top;
 #endif

@@ -26,11 +26,11 @@ class Fiber {
   static void arrived(Fiber& self);
 
  private:
-  void* saved_ = nullptr;     // stack pointer, or a ucontext_t where there is no assembly
-  char* mapping_ = nullptr;   // guard page, then the stack; null for the caller's own stack
+  void* saved_ = nullptr;      // stack pointer, or a ucontext_t where there is no assembly
+  char* mapping_ = nullptr;    // guard page, then the stack; null for the caller's own stack
   void const* low_ = nullptr;  // the usable stack, as AddressSanitizer wants to be told
   std::size_t size_ = 0;
-  void* fake_stack_ = nullptr;   // AddressSanitizer's
+  void* fake_stack_ = nullptr;  // AddressSanitizer's
   void* tsan_fiber_ = nullptr;  // ThreadSanitizer's
 };
 

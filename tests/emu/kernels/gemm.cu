@@ -1,5 +1,5 @@
-// A CuTe GEMM tile as attention and linear kernels are built: cp.async into swizzled shared memory, two stages,
-// ldmatrix, tensor-core MMA; right in three types, and with one planted mistake each.
+// A CuTe GEMM tile as attention and linear kernels are built: cp.async into swizzled shared memory, two
+// stages, ldmatrix, tensor-core MMA; right in three types, and with one planted mistake each.
 //
 //   gemm CASE    runs it in the order of VDIT_EMU_ORDER and prints "max error X"
 #include <cstdio>
@@ -48,7 +48,7 @@ struct GemmKernel {
   VDIT_DEVICE void operator()(Params const& p, char* smem) const {
     using namespace cute;
     // Rows of 64 bytes, their 16-byte pieces swizzled so that ldmatrix meets no bank conflict.
-    using Rows = decltype(composition(Swizzle<2, sizeof(T) == 1 ? 4 : 3, 3>{},
+    using Rows = decltype(composition(Swizzle < 2, sizeof(T) == 1 ? 4 : 3, 3 > {},
                                       Layout<Shape<_8, Int<kBlockK>>, Stride<Int<kBlockK>, _1>>{}));
     using Columns = decltype(composition(Swizzle<3, 3, 3>{}, Layout<Shape<_64, _8>, Stride<_1, _64>>{}));
     using LayoutA = decltype(tile_to_shape(Rows{}, Shape<Int<kBlockM>, Int<kBlockK>, Int<kStages>>{}));
@@ -132,7 +132,8 @@ struct GemmKernel {
   }
 };
 
-// The maximum error against a plain loop; NaN counts as infinite. `smem_short`: how many bytes too few to ask for.
+// The maximum error against a plain loop; NaN counts as infinite. `smem_short`: how many bytes too few to ask
+// for.
 template <class T, bool kTransposeB = false>
 double gemm_error(Bug bug = Bug::kNone, size_t smem_short = 0) {
   using Kernel = GemmKernel<T, kTransposeB>;
@@ -147,8 +148,8 @@ double gemm_error(Bug bug = Bug::kNone, size_t smem_short = 0) {
   };
   for (auto& x : a) x = draw();
   for (auto& x : b) x = draw();
-  launch<Kernel>({static_cast<unsigned>(n / 64), static_cast<unsigned>((m + 63) / 64), 1}, Kernel::kSmemBytes - smem_short, nullptr,
-                 {a.data(), b.data(), d.data(), m, n, k, bug});
+  launch<Kernel>({static_cast<unsigned>(n / 64), static_cast<unsigned>((m + 63) / 64), 1},
+                 Kernel::kSmemBytes - smem_short, nullptr, {a.data(), b.data(), d.data(), m, n, k, bug});
   double worst = 0;
   for (int i = 0; i < m; ++i) {
     for (int j = 0; j < n; ++j) {

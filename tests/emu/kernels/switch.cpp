@@ -11,7 +11,8 @@ using namespace vdit::emu;
 int main() {
   std::vector<uint64_t> out(2 * 96);
   run_grid({"exchange", {2, 1, 1}, 96, 0, &out, [](void const* params, char*) {
-              auto& values = *const_cast<std::vector<uint64_t>*>(static_cast<std::vector<uint64_t> const*>(params));
+              auto& values =
+                  *const_cast<std::vector<uint64_t>*>(static_cast<std::vector<uint64_t> const*>(params));
               auto const i = static_cast<unsigned>(thread_index());
               auto const block = block_index().x * 96;
               uint64_t const lane = shuffle("shuffle", i, 31 - static_cast<int>(i % 32), Site::here());
