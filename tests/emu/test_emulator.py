@@ -50,7 +50,9 @@ def test_gemm_without_a_wait_or_a_barrier_is_wrong(gemm, bug):
 
 def test_gemm_with_too_little_shared_memory_is_named(gemm):
     done = run_emulated(gemm, "short_shared")
-    assert re.search(r"GemmKernel<.*>, block \(0, 0, 0\): thread \d+ gave cp_async_16 .* of 16320 bytes", done.stdout)
+    assert re.search(
+        r"GemmKernel<.*>, block \(0, 0, 0\): thread \d+ gave cp_async_16 .* of 16320 bytes", done.stdout
+    )
 
 
 RIGHT = [
@@ -111,7 +113,9 @@ def line_of(text: str) -> int:
 
 
 def run_sanitized(program: Path, *arguments: str, order: str = "forward"):
-    done = run_emulated(program, *arguments, order=order, TSAN_OPTIONS="exitcode=66", ASAN_OPTIONS="exitcode=66")
+    done = run_emulated(
+        program, *arguments, order=order, TSAN_OPTIONS="exitcode=66", ASAN_OPTIONS="exitcode=66"
+    )
     if "unexpected memory mapping" in done.stderr and shutil.which("setarch"):
         # gcc 12's ThreadSanitizer does not know newer kernels' address layout; without randomisation it fits.
         command = ["setarch", "-R", str(program), *arguments]

@@ -116,7 +116,9 @@ def build_emulated(source: Path, *, sanitize: str = "", flags: tuple[str, ...] =
     return program
 
 
-def run_emulated(program: Path, *arguments: str, order: str = "forward", timeout: float = 60, **environment: str):
+def run_emulated(
+    program: Path, *arguments: str, order: str = "forward", timeout: float = 60, **environment: str
+):
     """Run a built program in a fiber order; stdout and stderr are captured as text."""
     env = {**os.environ, "VDIT_EMU_ORDER": order, **environment}
     return subprocess.run([str(program), *arguments], env=env, capture_output=True, text=True, timeout=timeout)
