@@ -133,8 +133,8 @@ done
 
 # --- timings: "name limit arguments of bench/run.py" ---
 TIMINGS=(
-  "attention-moderate 80 attention --ops block_sparse_attention --seqlen 8192 --heads 8 --seconds 3"
-  "attention-hunyuan 90 attention --ops block_sparse_attention --shape hunyuan --seconds 12 --min-rounds 3"
+  "attention-moderate 100 attention --ops block_sparse_attention --seqlen 8192 --heads 8 --seconds 3 --flex-seconds 30"
+  "attention-hunyuan 100 attention --ops block_sparse_attention --shape hunyuan --seconds 12 --min-rounds 3"
   "attention-wan14b 75 attention --ops block_sparse_attention --shape wan14b --seconds 8 --min-rounds 3"
   "attention-cogvideox 60 attention --ops block_sparse_attention --shape cogvideox --seconds 5 --min-rounds 3"
   "planner-hunyuan 60 attention --ops merge_attention,permute_rows,unpermute_rows,mean_pool_blocks,kmeans_assign,label_sort,segment_mean,topk_blocks,topp_blocks --shape hunyuan --seconds 4"

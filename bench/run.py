@@ -13,6 +13,7 @@ import importlib.util
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,52 +73,70 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def run(args: argparse.Namespace, argv: list[str]) -> dict:
-    """Measure everything that was selected and return the result that the files hold."""
+def run(args: argparse.Namespace, argv: list[str], save: Callable[[dict], None]) -> dict:
+    """Measure everything that was selected and return the result that the files hold.
+
+    ``save`` gets the result after every group, so that a run that is cut short leaves what it had.
+    """
     family = importlib.import_module(f"bench_{args.family}")
     if args.figures:
         family.apply_figures(args)
     device = resolve_device(args.device)
     settings = Settings(args.seconds, args.min_rounds, args.max_rounds)
     begun = time.perf_counter()
-    load = {"start": load_average()}
+    dtypes = family.dtypes_of(args, device)
     ceilings = Ceilings(device)
-    ceilings.measure(family.dtypes_of(args, device))
-    rows: list[dict] = []
-    skipped = 0
-    for build in family.groups(args, device):
-        if args.budget and time.perf_counter() - begun > args.budget:
-            skipped += 1
-            continue
-        started = time.perf_counter()
-        try:
-            group = build()
-        except Exception as error:
-            say(f"a group could not be made: {short(error)}")
-            rows.append(unmade(device, short(error)))
-            continue
-        rows += measure(group, settings, say)
-        say(f"{group.name}: {time.perf_counter() - started:.0f} s")
-        del group
-    ceilings.measure(family.dtypes_of(args, device))
-    for row in rows:
-        add_floor(row, ceilings)
-    load["end"] = load_average()
-    if skipped:
-        say(f"{skipped} groups were not begun: the budget of {args.budget:g} s was spent")
-    return {
+    result = {
         "schema": 1,
         "family": f"{args.family}-figures" if args.figures else args.family,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": "python bench/run.py " + " ".join(hide_paths(argv)),
         **facts(),
         "settings": vars(settings),
-        "seconds": time.perf_counter() - begun,
-        "groups_not_begun": skipped,
-        "load_average": load,
-        "ceilings": [ceilings.describe()],
-        "rows": rows,
+        "load_average": {"start": load_average()},
+        "groups_not_begun": 0,
+        "rows": [],
     }
+
+    def update() -> None:
+        for row in result["rows"]:
+            add_floor(row, ceilings)
+        result["seconds"] = time.perf_counter() - begun
+        result["load_average"]["end"] = load_average()
+        result["ceilings"] = [ceilings.describe()]
+        save(result)
+
+    ceilings.measure(dtypes)
+    for build in family.groups(args, device):
+        if args.budget and time.perf_counter() - begun > args.budget:
+            result["groups_not_begun"] += 1
+            continue
+        started = time.perf_counter()
+        try:
+            group = build()
+            name = group.name
+            rows = measure(group, settings, say)
+            del group
+        except Exception as error:
+            name, rows = "a group", [unmade(device, short(error))]
+        result["rows"] += rows
+        say(f"{name}: {time.perf_counter() - started:.0f} s")
+        for row in rows:
+            say("  " + one_line(row))
+        update()
+    ceilings.measure(dtypes)
+    if result["groups_not_begun"]:
+        say(f"{result['groups_not_begun']} groups were not begun: the budget of {args.budget:g} s was spent")
+    update()
+    return result
+
+
+def one_line(row: dict) -> str:
+    """For the log: what there is if the run never comes to its table."""
+    if row["status"] != "timed":
+        return f"{row['op']} {row['case']} {row['dtype']}: {row['status']}: {row['check']}"
+    ratios = [f"{peer['ratio']:.2f} x {name}" for name, peer in row["peers"].items() if "ratio" in peer]
+    return f"{row['op']} {row['case']} {row['dtype']}: {row['us']:,.1f} us; {', '.join(ratios)}"
 
 
 def add_floor(row: dict, ceilings: Ceilings) -> None:
@@ -147,13 +166,15 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 1 when a check failed; a missed target is a finding, not an error."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
+
+    def save(result: dict) -> None:
+        if not args.no_files:
+            name = args.name or f"{result['date'][:10]}_{slug(result)}_{result['family']}"
+            write(result, args.out, name)
+
     with torch.inference_mode():
-        result = run(args, argv)
+        result = run(args, argv, save)
     show(result)
-    if not args.no_files:
-        name = args.name or f"{result['date'][:10]}_{slug(result)}_{result['family']}"
-        for path in write(result, args.out, name):
-            print(f"wrote {path.name}")
     return 1 if any(row["status"] != "timed" for row in result["rows"]) else 0
 
 
