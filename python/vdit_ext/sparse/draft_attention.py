@@ -247,7 +247,7 @@ def _presets() -> dict[str, dict[str, dict]]:
             "repo": shared | dict(dense_above=float(threshold), parity="code", swap_portrait=False),
         }
     # 64-token tiles: 32 of them on the toy world's 8 x 16 x 16 grid.
-    presets["toy"] = {"paper": dict(sparsity=0.75, tile=(8, 8))}
+    presets["toy"] = {"paper": dict(sparsity=0.75, tile=(8, 8), flow_shift=SHAPES["toy"].flow_shift)}
     return presets
 
 

@@ -245,7 +245,14 @@ def _presets() -> dict[str, dict[str, dict]]:
         presets[model] = {"paper": settings | dict(dense_step_fraction=0.3), "repo": settings}
     presets["wan2.1-1.3b"]["paper"] |= dict(dense_layer_rounding="ceil")
     presets["toy"] = {
-        "paper": dict(density=0.25, block_size=64, profile_frames=1.0, sink=False, dense_layer_fraction=0.0)
+        "paper": dict(
+            density=0.25,
+            block_size=64,
+            profile_frames=1.0,
+            sink=False,
+            dense_layer_fraction=0.0,
+            flow_shift=SHAPES["toy"].flow_shift,
+        )
     }
     return presets
 
