@@ -3,7 +3,9 @@
 
 #include <cxxabi.h>
 
+#include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -19,7 +21,7 @@
 namespace vdit {
 
 struct Grid {
-  unsigned x, y, z;
+  int64_t x, y, z;
 };
 
 template <class Kernel>
@@ -40,7 +42,7 @@ bool check_launch(Grid grid) {
                 "kThreads must be a multiple of 32 up to 1024: the warp functions need full warps.");
   static_assert(std::is_trivially_copyable<Params>::value && sizeof(Params) <= 4096,
                 "Params must be plain data of at most 4096 bytes, as kernel arguments are.");
-  if (grid.x > 2147483647u || grid.y > 65535u || grid.z > 65535u) {
+  if (grid.x > 2147483647 || grid.y > 65535 || grid.z > 65535) {
     throw std::runtime_error(
         kernel_name<Kernel>() + ": the grid may be at most 2147483647 x 65535 x 65535, got " +
         std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) + ".");
@@ -55,7 +57,7 @@ template <class Kernel>
 void launch(Grid grid, size_t smem_bytes, void* /*stream*/, typename Kernel::Params const& p) {
   if (!detail::check_launch<Kernel>(grid)) return;
   emu::run_grid({kernel_name<Kernel>(),
-                 {grid.x, grid.y, grid.z},
+                 {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)},
                  Kernel::kThreads,
                  smem_bytes,
                  &p,
@@ -68,10 +70,10 @@ void launch(Grid grid, size_t smem_bytes, void* /*stream*/, typename Kernel::Par
 
 namespace detail {
 
-inline void check_cuda(cudaError_t error, std::string const& what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(what + ": " + cudaGetErrorString(error) + ".");
-  }
+// `what` is called only on failure: a launch that works builds no text.
+template <class What>
+void check_cuda(cudaError_t error, What const& what) {
+  if (error != cudaSuccess) throw std::runtime_error(what() + ": " + cudaGetErrorString(error) + ".");
 }
 
 // 1024 bytes is what the widest shared-memory swizzle (TMA and wgmma, 128 bytes) asks of the base.
@@ -82,26 +84,30 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
   Kernel{}(p, vdit_dynamic_smem);
 }
 
-// Past 48 KB, shared memory is had only by asking for it.
+// Past 48 KB, shared memory is had only by asking for it, once a device.
 template <class Kernel>
 void allow_shared(size_t smem_bytes) {
   constexpr size_t kFreeBytes = 48 * 1024;
+  static std::atomic<uint64_t> asked{0};  // a bit a device; those past 63 are asked every time
   if (smem_bytes <= kFreeBytes) return;
-  std::string const name = kernel_name<Kernel>();
   int device = 0;
+  check_cuda(cudaGetDevice(&device), [] { return kernel_name<Kernel>() + ": no CUDA device could be read"; });
+  uint64_t const bit = device < 64 ? uint64_t{1} << device : 0;
+  if (asked.load(std::memory_order_relaxed) & bit) return;
   int allowed = 0;
-  check_cuda(cudaGetDevice(&device), name + ": no CUDA device could be read");
   check_cuda(cudaDeviceGetAttribute(&allowed, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-             name + ": the shared memory limit could not be read");
+             [] { return kernel_name<Kernel>() + ": the shared memory limit could not be read"; });
   if (smem_bytes > static_cast<size_t>(allowed)) {
-    throw std::runtime_error(name + ": a block needs " + std::to_string(smem_bytes) +
-                             " bytes of shared memory, but this device allows " + std::to_string(allowed) +
-                             ".");
+    throw std::runtime_error(kernel_name<Kernel>() + ": a block needs " + std::to_string(smem_bytes) +
+                             " bytes of shared memory, but this device allows " + std::to_string(allowed) + ".");
   }
   check_cuda(cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(smem_bytes)),
-             name + ": " + std::to_string(smem_bytes) + " bytes of shared memory were refused (" +
-                 std::to_string(allowed) + " are allowed)");
+             [&] {
+               return kernel_name<Kernel>() + ": " + std::to_string(smem_bytes) +
+                      " bytes of shared memory were refused (" + std::to_string(allowed) + " are allowed)";
+             });
+  asked.fetch_or(bit, std::memory_order_relaxed);
 }
 
 }  // namespace detail
@@ -110,10 +116,13 @@ template <class Kernel>
 void launch(Grid grid, size_t smem_bytes, void* stream, typename Kernel::Params const& p) {
   if (!detail::check_launch<Kernel>(grid)) return;
   detail::allow_shared<Kernel>(smem_bytes);
-  detail::kernel_entry<Kernel>
-      <<<dim3(grid.x, grid.y, grid.z), Kernel::kThreads, smem_bytes, static_cast<cudaStream_t>(stream)> > >(
-          p);
-  detail::check_cuda(cudaGetLastError(), kernel_name<Kernel>() + ": the launch failed");
+  // The function and not <<<>>>: clang-format takes that token apart, which nvcc then refuses.
+  void* arguments[] = {const_cast<typename Kernel::Params*>(&p)};
+  detail::check_cuda(cudaLaunchKernel(reinterpret_cast<void const*>(detail::kernel_entry<Kernel>),
+                                      dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)),
+                                      dim3(Kernel::kThreads), arguments, smem_bytes,
+                                      static_cast<cudaStream_t>(stream)),
+                     [] { return kernel_name<Kernel>() + ": the launch failed"; });
 }
 
 #endif
