@@ -218,9 +218,9 @@ def _presets() -> dict[str, dict[str, dict]]:
         }
     # Section 8: the small model loses quality easily and gets a dense layer.
     presets["wan2.1-1.3b"]["paper"] |= dict(dense_layer_fraction=0.03, dense_layer_rounding="ceil")
-    # NOTE: measured on the trained toy model, 8 steps, relative error of the latents against dense at the mean
-    # density of the sparse layers: 64/128 clusters at p = 0.8: 0.061 at 0.33 (this one); 32/64 at 0.75: 0.084 at
-    # 0.31; 32/64 at 0.9 without a dense layer: 0.072 at 0.46.
+    # NOTE: relative error of the toy model's latents against dense after 8 steps, at the mean density of the
+    # sparse layers: 64 and 128 clusters, p = 0.8: 0.061 at 0.33 (this one); 32 and 64, p = 0.75: 0.084 at 0.31;
+    # 32 and 64, p = 0.9, no dense layer: 0.072 at 0.46.
     presets["toy"] = {
         "paper": dict(
             top_p=0.8,
