@@ -22,12 +22,12 @@ def vdit(*arguments):
     paths = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "vdit_ext.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
 
 
 def test_main_job(tmp_path):
     out = tmp_path / "clip.mp4"
-    result = vdit("generate", "--prompt", PROMPT, "--method", "svg2", "--steps", "4", "--out", out, "--json")
+    result = vdit("generate", "--prompt", PROMPT, "--method", "svg2", "--steps", "3", "--out", out, "--json")
     assert result.returncode == 0, result.stderr
     record = json.loads(result.stdout)
     assert record["model"] == "toy" and 0 < record["density"] < 1 and record["psnr"] > 15
