@@ -9,7 +9,7 @@ template <class T, int kHeadDim, int kBlockM>
 void attend(BlockSparseAttentionParams const& p, void* stream) {
   using Kernel = BlockSparseAttentionKernel<T, kHeadDim, kBlockM>;
   int64_t const tiles = max_query_tiles(p, kBlockM);
-  launch<Kernel>(Grid{static_cast<unsigned>(tiles), static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch)},
+  launch<Kernel>(Grid{tiles, p.heads, p.batch},
                  Kernel::kTile.smem_bytes(), stream, p);
 }
 

@@ -1,5 +1,6 @@
 // What every backend of the family checks before it fills a launch struct.
 #pragma once
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -48,7 +49,9 @@ inline void check_list(char const* op, char const* name, Tensor const& t, Tensor
              " must have a contiguous last dimension, got stride ", t.stride(dims - 1));
 }
 
-inline Strides3 strides3(Tensor const& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
+// A dimension of one entry is never stepped over: its stride may be anything, and is dropped.
+inline int64_t stride_of(Tensor const& t, int64_t dim) { return t.size(dim) <= 1 ? 0 : t.stride(dim); }
+inline Strides3 strides3(Tensor const& t) { return {stride_of(t, 0), stride_of(t, 1), stride_of(t, 2)}; }
 
 // Strides of dimensions 0 and 1, 0 where the dimension broadcasts.
 inline Strides2 broadcast2(Tensor const& t) {
@@ -93,16 +96,17 @@ inline void check_offsets_contents(char const* op, char const* name, Tensor cons
 inline void check_lists_contents(char const* op, Tensor const& given_counts, Tensor const& given_lists,
                                  int64_t num_kv_blocks) {
   Tensor const counts = to_cpu(given_counts), lists = to_cpu(given_lists);
+  Strides3 const by_count = broadcast3(counts), by_list = broadcast3(lists);
   int64_t const width = lists.size(3);
-  for (int64_t b = 0; b < lists.size(0); ++b)
-    for (int64_t h = 0; h < lists.size(1); ++h)
+  // Either of the two may broadcast while the other does not: every pair that a kernel will meet is checked.
+  for (int64_t b = 0; b < std::max(counts.size(0), lists.size(0)); ++b)
+    for (int64_t h = 0; h < std::max(counts.size(1), lists.size(1)); ++h)
       for (int64_t i = 0; i < lists.size(2); ++i) {
-        int32_t const count = counts.const_data_ptr<int32_t>()[b * broadcast3(counts).b + h * broadcast3(counts).h +
-                                                              i * counts.stride(2)];
+        int32_t const count = counts.const_data_ptr<int32_t>()[b * by_count.b + h * by_count.h + i * by_count.s];
         VDIT_CHECK(count >= 0 && count <= width, op, "kv_num_blocks must be in 0..", width,
                    " (the width of kv_indices), got ", count, " for query block ", i);
         int32_t const* list =
-            lists.const_data_ptr<int32_t>() + b * lists.stride(0) + h * lists.stride(1) + i * lists.stride(2);
+            lists.const_data_ptr<int32_t>() + b * by_list.b + h * by_list.h + i * by_list.s;
         for (int32_t j = 0; j < count; ++j)
           VDIT_CHECK(list[j] >= 0 && list[j] < num_kv_blocks, op, "kv_indices must be in 0..", num_kv_blocks - 1,
                      ", got ", list[j], " for query block ", i);

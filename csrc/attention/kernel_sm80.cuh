@@ -64,47 +64,46 @@ VDIT_DEVICE QueryTile find_query_tile(BlockSparseAttentionParams const& p, int64
 
 // The listed key blocks as one stream of rows, for one warp; every warp of the block keeps the same one.
 // 32 list entries are held at a time, one a lane. Positions count from the first row of the next step.
+// Little is kept: what only hold_entries() needs is computed again there, for the outputs want the registers.
 struct RowStream {
-  int32_t const* list;     // [length]
-  int32_t const* offsets;  // or null: uniform blocks
-  int32_t length, next;    // `next`: the first entry not held yet
-  int32_t block_size, num_blocks, seqlen;
-  int32_t end;    // this lane's entry covers positions up to here
-  int32_t shift;  // source row - position, for this lane's entry
-  int32_t held;   // positions below this are covered
-  bool bad;       // this lane has met an index that names no block
+  BlockSparseAttentionParams const& p;
+  int32_t q_block;
+  int32_t length, next;  // entries of the list, and the first that is not held yet
+  int32_t end = 0;       // this lane's entry covers positions up to here
+  int32_t shift = 0;     // source row - position, for this lane's entry
+  int32_t held = 0;      // positions below this are covered
+  bool bad = false;      // this lane has met an index that names no block, or a length that no list has
 
-  VDIT_DEVICE RowStream(BlockSparseAttentionParams const& p, int64_t b, int64_t h, int64_t q_block) {
-    bool const listed = q_block < p.num_q_blocks;
-    int64_t const entry = listed ? q_block : 0;
-    list = p.kv_indices + b * p.stride_indices.b + h * p.stride_indices.h + entry * p.stride_indices.s;
-    length = listed ? p.kv_num_blocks[b * p.stride_num_blocks.b + h * p.stride_num_blocks.h +
-                                      entry * p.stride_num_blocks.s]
-                    : 0;
+  VDIT_DEVICE RowStream(BlockSparseAttentionParams const& params, int64_t block) : p(params), next(0) {
+    q_block = static_cast<int32_t>(block);
+    length = 0;
+    if (block >= p.num_q_blocks) return;  // rows that no block covers
+    length = p.kv_num_blocks[block_idx_z() * p.stride_num_blocks.b + block_idx_y() * p.stride_num_blocks.h +
+                             block * p.stride_num_blocks.s];
     bad = length < 0 || length > p.list_width;
     length = clamp_to<int32_t>(length, 0, p.list_width);
-    offsets = p.kv_offsets == nullptr ? nullptr
-                                      : p.kv_offsets + b * p.stride_kv_offsets.b + h * p.stride_kv_offsets.h;
-    block_size = p.kv_block_size;
-    num_blocks = static_cast<int32_t>(p.num_kv_blocks);
-    seqlen = static_cast<int32_t>(p.seqlen_kv);
-    next = end = shift = held = 0;
   }
 
   // Holds the 32 entries from `next` on, one a lane.
   VDIT_DEVICE void hold_entries() {
+    int64_t const b = block_idx_z(), h = block_idx_y();
+    int32_t const* list =
+        p.kv_indices + b * p.stride_indices.b + h * p.stride_indices.h + q_block * p.stride_indices.s;
     int32_t const at = next + lane_idx();
     int32_t begin = 0, rows = 0;
     if (at < length) {
-      int32_t const block = list[at];
-      if (block < 0 || block >= num_blocks) {
+      int64_t const block = list[at];
+      if (block < 0 || block >= p.num_kv_blocks) {
         bad = true;
       } else {
-        int64_t const uniform = static_cast<int64_t>(block) * block_size;
-        int64_t const first = offsets != nullptr ? offsets[block] : uniform;
-        int64_t const last = offsets != nullptr ? offsets[block + 1] : uniform + block_size;
-        begin = static_cast<int32_t>(clamp_to<int64_t>(first, 0, seqlen));
-        rows = static_cast<int32_t>(clamp_to<int64_t>(last, begin, seqlen)) - begin;
+        int64_t first = block * p.kv_block_size, last = first + p.kv_block_size;
+        if (p.kv_offsets != nullptr) {
+          int32_t const* offsets = p.kv_offsets + b * p.stride_kv_offsets.b + h * p.stride_kv_offsets.h;
+          first = offsets[block], last = offsets[block + 1];
+        }
+        first = clamp_to<int64_t>(first, 0, p.seqlen_kv);
+        last = clamp_to<int64_t>(last, first, p.seqlen_kv);
+        begin = static_cast<int32_t>(first), rows = static_cast<int32_t>(last - first);
       }
     }
     int32_t upto = rows;
@@ -334,23 +333,30 @@ struct BlockSparseAttentionKernel {
     return p;
   }
 
-  // acc += A B^T with B read from shared memory, one 16-deep slice ahead of the products. `load_a(k)` brings
-  // slice k of A into its fragment.
+  // acc += A B^T. A's fragments come slice by slice (16 deep) through `load_a`; B is read from shared memory
+  // 16 rows of a slice at a time, kAhead reads ahead of the products, so that few of its registers are live.
   template <class A, class LoadA, class CopyB, class From, class To, class B, class Acc>
   VDIT_DEVICE static void multiply(A const& rA, LoadA const& load_a, CopyB const& copy_b, From const& from, To& to,
                                    B const& rB, Acc& acc) {
     using namespace cute;
-    constexpr int kSlices = decltype(size<2>(rA))::value;
+    constexpr int kAhead = 2;
+    constexpr int kPairs = decltype(size<1>(rB))::value / 2;  // of 8-row atoms, a slice
+    constexpr int kSteps = decltype(size<2>(rA))::value * kPairs;
     TiledMma mma;
+    auto load_b = [&](int step) { copy(copy_b, from(_, step % kPairs, step / kPairs), to(_, step % kPairs, step / kPairs)); };
     load_a(0);
-    copy(copy_b, from(_, _, 0), to(_, _, 0));
     CUTE_UNROLL
-    for (int k = 0; k < kSlices; ++k) {
-      if (k + 1 < kSlices) {
-        load_a(k + 1);
-        copy(copy_b, from(_, _, k + 1), to(_, _, k + 1));
+    for (int step = 0; step < kAhead && step < kSteps; ++step) load_b(step);
+    CUTE_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      int const slice = step / kPairs;
+      if (step % kPairs == 0 && step + kPairs < kSteps) load_a(slice + 1);
+      if (step + kAhead < kSteps) load_b(step + kAhead);
+      CUTE_UNROLL
+      for (int n = step % kPairs * 2; n < step % kPairs * 2 + 2; ++n) {
+        CUTE_UNROLL
+        for (int m = 0; m < kM; ++m) gemm(mma, rA(_, m, slice), rB(_, n, slice), acc(_, m, n));
       }
-      gemm(mma, rA(_, _, k), rB(_, _, k), acc);
     }
   }
 
@@ -433,7 +439,7 @@ struct BlockSparseAttentionKernel {
     for (int i = 0; i < kRows; ++i) stats.max[i] = -INFINITY, stats.sum[i] = 0.f;
 
     // Fill all stages but one.
-    RowStream stream(p, b, h, tile.block);
+    RowStream stream(p, tile.block);
     int keys[kStages - 1];  // rows of the steps under way
     fetch_queries(q, p.stride_q.s, tile.rows, smem_q);
     CUTE_UNROLL

@@ -11,7 +11,7 @@
 
 namespace vdit::sm80 {
 
-inline unsigned ceil_div(int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1) / b); }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline uintptr_t address(void const* p) { return reinterpret_cast<uintptr_t>(p); }
 

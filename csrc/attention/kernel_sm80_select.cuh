@@ -145,7 +145,7 @@ struct TopkRowsKernel {
   }
 
   VDIT_DEVICE void operator()(Params const& p, char* smem) const {
-    int64_t const bh = block_idx_y();
+    int64_t const bh = map_index();
     int64_t const row = static_cast<int64_t>(block_idx_x()) * RowSelect::kWarps + warp_idx();
     if (row >= p.topk.num_q_blocks) return;
     int64_t const count = p.topk.num_kv_blocks;
@@ -194,7 +194,7 @@ struct TopkHistogramKernel {
   static constexpr int kSmemBytes = Radix::kBins * 4;
 
   VDIT_DEVICE void operator()(Params const& p, char* smem) const {
-    int64_t const bh = block_idx_y();
+    int64_t const bh = map_index();
     int64_t const first = static_cast<int64_t>(block_idx_x()) * p.rows_per_block;
     int64_t const end = first + p.rows_per_block;
     int64_t const last = end < p.topk.num_q_blocks ? end : p.topk.num_q_blocks;
@@ -262,7 +262,7 @@ struct TopkTiesKernel {
   static constexpr int kMinBlocks = 1;
 
   VDIT_DEVICE void operator()(Params const& p, char*) const {
-    int64_t const bh = block_idx_y();
+    int64_t const bh = map_index();
     int64_t const row = static_cast<int64_t>(block_idx_x()) * RowSelect::kWarps + warp_idx();
     if (row >= p.topk.num_q_blocks) return;
     uint32_t const tie = p.cuts[bh].tie;
@@ -281,7 +281,7 @@ struct TopkListsKernel {
   static constexpr int kMinBlocks = 1;
 
   VDIT_DEVICE void operator()(Params const& p, char*) const {
-    int64_t const bh = block_idx_y();
+    int64_t const bh = map_index();
     int64_t const row = static_cast<int64_t>(block_idx_x()) * RowSelect::kWarps + warp_idx();
     if (row >= p.topk.num_q_blocks) return;
     uint32_t const* row_ties = p.row_ties + bh * p.topk.num_q_blocks;
@@ -350,7 +350,7 @@ struct ToppRowsKernel {
   }
 
   VDIT_DEVICE void operator()(Params const& p, char* smem) const {
-    int64_t const bh = block_idx_y();
+    int64_t const bh = map_index();
     int64_t const row = static_cast<int64_t>(block_idx_x()) * RowSelect::kWarps + warp_idx();
     if (row >= p.topp.num_q_blocks) return;
     int64_t const b = bh / p.topp.heads, h = bh % p.topp.heads, count = p.topp.num_kv_blocks;

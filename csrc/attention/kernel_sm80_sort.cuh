@@ -36,7 +36,7 @@ struct LabelCountKernel {
   static constexpr int kMinBlocks = 1;
 
   VDIT_DEVICE void operator()(Params const& p, char* smem) const {
-    int64_t const bh = block_idx_y(), chunk = block_idx_x();
+    int64_t const bh = map_index(), chunk = block_idx_x();
     int const num_labels = p.sort.num_labels;
     int64_t const first = chunk * p.chunk_rows;
     int64_t const last = first + p.chunk_rows < p.sort.num_rows ? first + p.chunk_rows : p.sort.num_rows;
@@ -124,7 +124,7 @@ struct LabelScatterKernel {
   }
 
   VDIT_DEVICE void operator()(Params const& p, char* smem) const {
-    int64_t const bh = block_idx_y(), chunk = block_idx_x();
+    int64_t const bh = map_index(), chunk = block_idx_x();
     int const num_labels = p.sort.num_labels;
     int64_t const first = chunk * p.chunk_rows;
     int64_t const last = first + p.chunk_rows < p.sort.num_rows ? first + p.chunk_rows : p.sort.num_rows;

@@ -57,6 +57,9 @@ struct RowLanes {
   VDIT_DEVICE bool active() const { return group < groups; }
 };
 
+// Which (batch, head) map of a grid with heads on y and batch on z; each alone may reach 65535.
+VDIT_DEVICE int64_t map_index() { return static_cast<int64_t>(block_idx_z()) * grid_dim_y() + block_idx_y(); }
+
 // The mask of the lanes below this one.
 VDIT_DEVICE uint32_t lanes_below() { return (1u << lane_idx()) - 1u; }
 

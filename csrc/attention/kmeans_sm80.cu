@@ -12,8 +12,8 @@ using sm80::with_type;
 
 template <class Kernel>
 void assign(KMeansAssignParams const& p, int64_t rows_per_block, void* stream) {
-  Grid const grid{ceil_div(p.num_rows, rows_per_block), static_cast<unsigned>(p.heads),
-                  static_cast<unsigned>(p.batch)};
+  Grid const grid{ceil_div(p.num_rows, rows_per_block), p.heads,
+                  p.batch};
   launch<Kernel>(grid, Kernel::kSmemBytes, stream, p);
 }
 
@@ -62,11 +62,10 @@ int64_t label_sort_workspace_bytes(LabelSortParams const& p) {
 void run_label_sort_sm80(LabelSortParams const& p, void* workspace, void* stream) {
   LabelSortLaunch plan = plan_sort(p);
   plan.counts = static_cast<uint32_t*>(workspace);
-  unsigned const maps = static_cast<unsigned>(p.batch * p.heads);
   size_t const counter_bytes = plan.counters_in_smem ? static_cast<size_t>(p.num_labels) * sizeof(uint32_t) : 0;
-  Grid const chunks{static_cast<unsigned>(plan.num_chunks), maps, 1};
+  Grid const chunks{plan.num_chunks, p.heads, p.batch};
   launch<LabelCountKernel>(chunks, counter_bytes, stream, plan);
-  launch<LabelScanKernel>(Grid{maps, 1, 1}, LabelScanKernel::kSmemBytes, stream, plan);
+  launch<LabelScanKernel>(Grid{p.batch * p.heads, 1, 1}, LabelScanKernel::kSmemBytes, stream, plan);
   launch<LabelScatterKernel>(chunks, counter_bytes, stream, plan);
 }
 

@@ -12,8 +12,8 @@ using sm80::with_type;
 template <class Word>
 void permute_words(PermuteRowsParams const& p, void* stream) {
   using Kernel = PermuteRowsKernel<Word>;
-  Grid const grid{ceil_div(p.num_index, Kernel::kRows), static_cast<unsigned>(p.heads),
-                  static_cast<unsigned>(p.batch)};
+  Grid const grid{ceil_div(p.num_index, Kernel::kRows), p.heads,
+                  p.batch};
   launch<Kernel>(grid, 0, stream, p);
 }
 
@@ -24,8 +24,8 @@ void run_merge_attention_sm80(MergeAttentionParams const& p, void* stream) {
   with_type("merge_attention", p.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kVec = kVecOf<T>;
-    Grid const grid{ceil_div(p.seqlen, MergeAttentionKernel<T, 1>::kRows), static_cast<unsigned>(p.heads),
-                    static_cast<unsigned>(p.batch)};
+    Grid const grid{ceil_div(p.seqlen, MergeAttentionKernel<T, 1>::kRows), p.heads,
+                    p.batch};
     bool const wide = all_multiples(16, {p.out1, p.out2, p.out}, sizeof(T),
                                     {p.head_dim, p.stride_out1.b, p.stride_out1.h, p.stride_out1.s,
                                      p.stride_out2.b, p.stride_out2.h, p.stride_out2.s, p.stride_out.b,
@@ -56,8 +56,8 @@ void run_mean_pool_blocks_sm80(MeanPoolBlocksParams const& p, void* stream) {
   with_type("mean_pool_blocks", p.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kVec = kVecOf<T>;
-    Grid const grid{static_cast<unsigned>(p.num_blocks), static_cast<unsigned>(p.heads),
-                    static_cast<unsigned>(p.batch)};
+    Grid const grid{p.num_blocks, p.heads,
+                    p.batch};
     bool const wide = all_multiples(16, {p.x}, sizeof(T),
                                     {p.head_dim, p.stride_x.b, p.stride_x.h, p.stride_x.s});
     if (wide) {
@@ -73,8 +73,8 @@ void run_segment_mean_sm80(SegmentMeanParams const& p, void* stream) {
   with_type("segment_mean", p.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kVec = kVecOf<T>;
-    Grid const grid{static_cast<unsigned>(p.num_segments), static_cast<unsigned>(p.heads),
-                    static_cast<unsigned>(p.batch)};
+    Grid const grid{p.num_segments, p.heads,
+                    p.batch};
     bool const wide = all_multiples(16, {p.x, p.out}, sizeof(T),
                                     {p.head_dim, p.stride_x.b, p.stride_x.h, p.stride_x.s});
     if (wide) {

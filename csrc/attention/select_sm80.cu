@@ -41,10 +41,9 @@ void topk_per_head(TopkBlocksLaunch launch_params, void* workspace, void* stream
   // A block should see some ten times as many keys as it has bins to hand over.
   launch_params.rows_per_block = 16 * Radix::kBins / p.num_kv_blocks + 1;
 
-  unsigned const maps = static_cast<unsigned>(p.batch * p.heads);
-  Grid const map_grid{maps, 1, 1};
-  Grid const row_grid{ceil_div(p.num_q_blocks, RowSelect::kWarps), maps, 1};
-  Grid const tile_grid{ceil_div(p.num_q_blocks, launch_params.rows_per_block), maps, 1};
+  Grid const map_grid{p.batch * p.heads, 1, 1};
+  Grid const row_grid{ceil_div(p.num_q_blocks, RowSelect::kWarps), p.heads, p.batch};
+  Grid const tile_grid{ceil_div(p.num_q_blocks, launch_params.rows_per_block), p.heads, p.batch};
   launch<TopkBeginKernel>(map_grid, 0, stream, launch_params);
   for (launch_params.pass = 0; launch_params.pass < 3; ++launch_params.pass) {
     launch<TopkHistogramKernel>(tile_grid, TopkHistogramKernel::kSmemBytes, stream, launch_params);
@@ -66,7 +65,7 @@ void run_topk_blocks_sm80(TopkBlocksParams const& p, void* workspace, void* stre
   // A map of nothing still has its counts to be written, which the row kernel does.
   if (p.per_head && p.num_kv_blocks > 0) return topk_per_head(launch_params, workspace, stream);
   launch_params.cached = RowSelect::cached(p.num_kv_blocks);
-  Grid const grid{ceil_div(p.num_q_blocks, RowSelect::kWarps), static_cast<unsigned>(p.batch * p.heads), 1};
+  Grid const grid{ceil_div(p.num_q_blocks, RowSelect::kWarps), p.heads, p.batch};
   launch<TopkRowsKernel>(grid, cache_bytes(launch_params.cached), stream, launch_params);
 }
 
@@ -74,7 +73,7 @@ int64_t topp_blocks_workspace_bytes(ToppBlocksParams const&) { return 0; }
 
 void run_topp_blocks_sm80(ToppBlocksParams const& p, void* /*workspace*/, void* stream) {
   ToppBlocksLaunch const launch_params{p, RowSelect::cached(p.num_kv_blocks)};
-  Grid const grid{ceil_div(p.num_q_blocks, RowSelect::kWarps), static_cast<unsigned>(p.batch * p.heads), 1};
+  Grid const grid{ceil_div(p.num_q_blocks, RowSelect::kWarps), p.heads, p.batch};
   launch<ToppRowsKernel>(grid, cache_bytes(launch_params.cached), stream, launch_params);
 }
 

@@ -56,14 +56,15 @@ bool check_launch(Grid grid) {
 template <class Kernel>
 void launch(Grid grid, size_t smem_bytes, void* /*stream*/, typename Kernel::Params const& p) {
   if (!detail::check_launch<Kernel>(grid)) return;
-  emu::run_grid({kernel_name<Kernel>(),
-                 {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)},
-                 Kernel::kThreads,
-                 smem_bytes,
-                 &p,
-                 [](void const* params, char* smem) {
-                   Kernel{}(*static_cast<typename Kernel::Params const*>(params), smem);
-                 }});
+  emu::run_grid(
+      {kernel_name<Kernel>(),
+       {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)},
+       Kernel::kThreads,
+       smem_bytes,
+       &p,
+       [](void const* params, char* smem) {
+         Kernel{}(*static_cast<typename Kernel::Params const*>(params), smem);
+       }});
 }
 
 #else
@@ -84,30 +85,30 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
   Kernel{}(p, vdit_dynamic_smem);
 }
 
-// Past 48 KB, shared memory is had only by asking for it, once a device.
+// Past 48 KB, shared memory is had only by asking for it. All that the device has is asked for, once: what a
+// launch then takes may differ from call to call, also between threads.
 template <class Kernel>
 void allow_shared(size_t smem_bytes) {
   constexpr size_t kFreeBytes = 48 * 1024;
-  static std::atomic<uint64_t> asked{0};  // a bit a device; those past 63 are asked every time
+  static std::atomic<size_t> granted[64] = {};  // by device; those past 63 are asked every time
   if (smem_bytes <= kFreeBytes) return;
   int device = 0;
   check_cuda(cudaGetDevice(&device), [] { return kernel_name<Kernel>() + ": no CUDA device could be read"; });
-  uint64_t const bit = device < 64 ? uint64_t{1} << device : 0;
-  if (asked.load(std::memory_order_relaxed) & bit) return;
+  if (device < 64 && smem_bytes <= granted[device].load(std::memory_order_relaxed)) return;
   int allowed = 0;
   check_cuda(cudaDeviceGetAttribute(&allowed, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
              [] { return kernel_name<Kernel>() + ": the shared memory limit could not be read"; });
   if (smem_bytes > static_cast<size_t>(allowed)) {
     throw std::runtime_error(kernel_name<Kernel>() + ": a block needs " + std::to_string(smem_bytes) +
-                             " bytes of shared memory, but this device allows " + std::to_string(allowed) + ".");
+                             " bytes of shared memory, but this device allows " + std::to_string(allowed) +
+                             ".");
   }
-  check_cuda(cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(smem_bytes)),
+  check_cuda(cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, allowed),
              [&] {
-               return kernel_name<Kernel>() + ": " + std::to_string(smem_bytes) +
-                      " bytes of shared memory were refused (" + std::to_string(allowed) + " are allowed)";
+               return kernel_name<Kernel>() + ": " + std::to_string(allowed) +
+                      " bytes of shared memory were refused";
              });
-  asked.fetch_or(bit, std::memory_order_relaxed);
+  if (device < 64) granted[device].store(static_cast<size_t>(allowed), std::memory_order_relaxed);
 }
 
 }  // namespace detail
@@ -119,9 +120,8 @@ void launch(Grid grid, size_t smem_bytes, void* stream, typename Kernel::Params 
   // The function and not <<<>>>: clang-format takes that token apart, which nvcc then refuses.
   void* arguments[] = {const_cast<typename Kernel::Params*>(&p)};
   detail::check_cuda(cudaLaunchKernel(reinterpret_cast<void const*>(detail::kernel_entry<Kernel>),
-                                      dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)),
-                                      dim3(Kernel::kThreads), arguments, smem_bytes,
-                                      static_cast<cudaStream_t>(stream)),
+                                      dim3(grid.x, grid.y, grid.z), dim3(Kernel::kThreads), arguments,
+                                      smem_bytes, static_cast<cudaStream_t>(stream)),
                      [] { return kernel_name<Kernel>() + ": the launch failed"; });
 }
 
