@@ -152,13 +152,19 @@ class SparseProcessor:
                 self.method.observe(q, k, self.layout, self.state)
             return self.attend_dense(query, key, value, mask)
         if policy == "reference":
-            plan = self.method.plan(q.float(), k.float(), self.layout, self.state)
+            plan = self.plan(q.float(), k.float(), v.float())
             out = attend_naive(plan, q, k, v)
         else:
-            plan = self.method.plan(q, k, self.layout, self.state)
+            plan = self.plan(q, k, v)
             out, _ = plan.attend(q, k, v)
         self.count(q, plan)
         return out.transpose(1, 2)
+
+    def plan(self, q: Tensor, k: Tensor, v: Tensor):
+        """The method's plan for this call; methods that judge by the output (SVG1) are shown the values too."""
+        if getattr(self.method, "wants_values", False):
+            return self.method.plan(q, k, self.layout, self.state, v=v)
+        return self.method.plan(q, k, self.layout, self.state)
 
     def attend_dense(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Upstream's own attention, bit for bit, on ``[B, S, H, D]`` tensors."""

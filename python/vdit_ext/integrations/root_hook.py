@@ -264,7 +264,8 @@ class RootHook(ModelHook):
         """The layers' states, told where the sampling stands."""
         if not self._states:
             self._states = [self.method.new_state(i, len(self.layers)) for i in range(len(self.layers))]
-        shape = (layout, hidden.shape[0], hidden.device)
+        # Not the layout itself: guidance branches may differ in their number of valid text tokens.
+        shape = (layout.shape_key, hidden.shape[0], hidden.device)
         if shape != self._shape:
             # Another size or batch: nothing learned fits.
             for state in self._states:

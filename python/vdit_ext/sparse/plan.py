@@ -540,7 +540,8 @@ class SparseMethod(Protocol):
     object can serve several models. ``plan`` runs inside compiled regions: it may call only tensor ops, and
     must not branch on the layer, the step, or tensor values.
 
-    A method may also have ``begin_step(info, layout, state)``: see :func:`begin_step`.
+    A method may also have ``begin_step(info, layout, state)``: see :func:`begin_step`. One with a true
+    attribute ``wants_values`` is given the values as well: ``plan(q, k, layout, state, v=v)``.
     """
 
     name: str

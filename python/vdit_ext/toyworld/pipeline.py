@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 
 from . import captions, codec, model, scene, text
 
@@ -176,7 +176,8 @@ def export_run(run, folder: Path, command: str = "", name: str = NAME) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.to(torch.float16).contiguous() for key, value in run.averaged_state().items()}
-    save_file(tensors, folder / f"{name}.safetensors")
+    data = save(tensors)
+    (folder / f"{name}.safetensors").write_bytes(data)
     settings = dataclasses.asdict(run.settings)
     card = {
         "what": "toy text-to-video model of vdit_ext, trained on its own rendered clips",
@@ -188,7 +189,7 @@ def export_run(run, folder: Path, command: str = "", name: str = NAME) -> None:
         "active_seconds": round(run.active_seconds),
         "last_loss": run.curve[-1][2] if run.curve else None,
         "torch": torch.__version__,
-        "sha256": hashlib.sha256((folder / f"{name}.safetensors").read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(data).hexdigest(),
     }
     (folder / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
     lines = ["step,seconds,loss"] + [f"{step},{seconds},{loss}" for step, seconds, loss in run.curve]
