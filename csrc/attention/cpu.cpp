@@ -236,15 +236,19 @@ void topk_rows(TopkBlocksParams const& p, int64_t head, int64_t begin, int64_t e
   }
 }
 
-// Blocks that pop from a heap come by falling mass, then by rising index: the mass is never negative, so its
-// bits order as it does. NaN scores get no mass and rank below every other block.
+// Blocks that pop from a heap come by falling rank, then by rising index. NaN ranks below every other block.
 struct Candidate {
-  uint32_t key;
+  float rank;
   int32_t index;
-  bool operator<(Candidate const& other) const {
-    return key != other.key ? key < other.key : index > other.index;
-  }
+  bool operator<(Candidate const& other) const { return rank != other.rank ? rank < other.rank : index > other.index; }
 };
+
+// log of a block's mass, but for the row's common factor: it still tells blocks apart whose mass is too small
+// for a float. A NaN score must not reach the heap, whose order it would break.
+float block_rank(float score, int32_t weight) {
+  if (std::isnan(score)) return -std::numeric_limits<float>::infinity();
+  return weight > 0 ? score + std::log(static_cast<float>(weight)) : -std::numeric_limits<float>::infinity();
+}
 
 float block_mass(float score, float max, int32_t weight) {
   if (weight <= 0 || std::isnan(score) || score == -std::numeric_limits<float>::infinity()) return 0.f;
@@ -262,11 +266,8 @@ void topp_row(ToppBlocksParams const& p, float const* scores, int32_t const* wei
   std::vector<Candidate> heap(n);
   double total = 0;
   for (int64_t j = 0; j < n; ++j) {
-    float const mass = block_mass(scores[j], max, weight(j));
-    total += mass;
-    uint32_t bits;
-    std::memcpy(&bits, &mass, 4);
-    heap[j] = {std::isnan(scores[j]) ? 0 : bits + 1, static_cast<int32_t>(j)};
+    total += block_mass(scores[j], max, weight(j));
+    heap[j] = {block_rank(scores[j], weight(j)), static_cast<int32_t>(j)};
   }
   std::make_heap(heap.begin(), heap.end());
 

@@ -4,6 +4,7 @@ Importing the package loads the op libraries, so that ``torch.ops.vdit`` is read
 imported when it is first used.
 """
 
+import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
@@ -12,9 +13,8 @@ try:
 except PackageNotFoundError:  # running from a source tree that was built in place
     __version__ = "0+unknown"
 
-from . import ops
-
 _LAZY = {
+    "ops": ("ops", None),
     "accelerate": ("integrations", "accelerate"),
     "explain": ("integrations", "explain"),
     "sparse": ("sparse", None),
@@ -36,3 +36,9 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY})
+
+
+# The command `vdit` loads torch and the libraries when it needs them: its help is then immediate, and its
+# doctor can report a library that does not load.
+if "torch" in sys.modules or not sys.argv or sys.argv[0].rpartition("/")[2] != "vdit":
+    from . import ops

@@ -264,6 +264,24 @@ def test_refuses(backend, name):
     refuse(backend, match, edit=edit)
 
 
+def test_counts_of_every_head_are_checked_when_lists_broadcast(backend):
+    if backend.name == "cuda":
+        pytest.skip("cuda: list contents are checked with VDIT_CHECK_PLANS=1 only; they would need a host sync")
+    inputs = simple()
+    inputs.kv_indices = inputs.kv_indices[:, :1].contiguous()
+    check(backend, inputs)
+    inputs.kv_num_blocks[0, 1, 1] = 9
+    with pytest.raises(RuntimeError, match=r"kv_num_blocks must be in 0..2 \(the width of kv_indices\), got 9"):
+        run(backend, inputs)
+
+
+def test_block_size_beyond_the_sequence_is_one_block(backend):
+    inputs = simple(sq=100, skv=70)
+    expected, _ = run(backend, inputs)
+    inputs.kwargs |= {"q_block_size": 2**40, "kv_block_size": 1 << 30}
+    assert torch.equal(run(backend, inputs)[0], expected)
+
+
 def test_refuses_head_dim(backend):
     inputs = simple(dim=72 if backend.is_cuda_code else 260)
     expected = (

@@ -305,6 +305,12 @@ def test_topp_blocks_weights_of_zero_sort_last(backend):
     assert lists[0, 0, 0, : int(counts)].tolist() == [0, 1, 3]
 
 
+def test_topp_blocks_ranks_masses_too_small_for_a_float(backend):
+    scores = torch.tensor([0.0, -300.0, -200.0])[None, None, None]
+    counts, lists = backend.ops.topp_blocks(*on(backend, scores), 0.5, min_blocks=2)
+    assert lists[0, 0, 0, : int(counts)].tolist() == [0, 2]
+
+
 def test_topp_blocks_nan_and_all_zero_mass(backend):
     scores = scores_of(1, 1, 3, 20)
     scores[0, 0, 0, 4] = torch.nan

@@ -2,6 +2,7 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <exception>
 
 #include "vdit/types.h"
 
@@ -19,15 +20,24 @@ void for_each_item(ParallelFor const& parallel, int64_t n, Item const& item) {
     Item const* item;
     int64_t n;
     std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;  // the first one; written by the thread that set `failed`
   } state{&item, n};
+  // An item may run out of memory. A lent thread need not survive an exception, so none leaves the body.
   auto const body = [](void* opaque, int64_t begin, int64_t end) {
     State& s = *static_cast<State*>(opaque);
-    for (int64_t piece = begin; piece < end; ++piece) {
-      for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.n;) (*s.item)(i);
+    try {
+      for (int64_t piece = begin; piece < end; ++piece) {
+        for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.n;) (*s.item)(i);
+      }
+    } catch (...) {
+      s.next = s.n;  // the others stop at their next item
+      if (!s.failed.exchange(true)) s.error = std::current_exception();
     }
   };
   int64_t const pieces = n < parallel.num_threads ? n : parallel.num_threads;
   parallel.run(parallel.context, pieces, 1, body, &state);
+  if (state.error) std::rethrow_exception(state.error);
 }
 
 // The same in slices [begin, end) of at most `slice`, for work that is small per index.

@@ -8,7 +8,8 @@ namespace vdit {
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // How a CPU kernel gets its threads. The caller lends its own pool, so that a process has one pool and not
-// two: the torch ops lend torch's. `run` calls body(state, begin, end) on disjoint ranges that cover [0, n).
+// two: the torch ops lend torch's. `run` calls body(state, begin, end) on disjoint ranges that cover [0, n); body
+// throws nothing.
 // A null `run` means: the calling thread does all of it.
 struct ParallelFor {
   void (*run)(void* context, int64_t n, int64_t grain, void (*body)(void* state, int64_t begin, int64_t end),
