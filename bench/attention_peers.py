@@ -53,9 +53,6 @@ def _first(result):
 class NotHere(Exception):
     """Why a peer cannot run a case."""
 
-    def __str__(self) -> str:
-        return self.args[0]
-
 
 @lru_cache(maxsize=1)
 def _compiled_flex():

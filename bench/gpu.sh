@@ -10,8 +10,8 @@
 #   --seconds N      time for everything (default 570).
 #   --out DIR        where logs and results go (default: $OUT, else bench/results).
 #
-# Nothing is downloaded. Every stage runs under a timeout, a failed stage does not stop the next one, and the
-# last lines are the summary. Needs: torch with CUDA; for the build also nvcc, cmake, g++.
+# Nothing is downloaded. Every stage runs under a timeout, a failed stage does not stop the next one (but for a
+# library that does not load), and the last lines are the summary. Needs: torch with CUDA; for the build also nvcc, cmake, g++.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -121,13 +121,16 @@ if [ -z "$libraries" ]; then
   libraries=$(realpath -m "$work/csrc")
 fi
 export VDIT_LIBRARY_DIR=$libraries
-stage loads 60 bash -c loads
+# Without the library nothing below can run; what is left is the summary.
+usable=1
+stage loads 60 bash -c loads || usable=0
 
 # --- correctness: one line a family ---
 CHECKS=(
   "attention"
 )
 for family in "${CHECKS[@]}"; do
+  [ "$usable" = 1 ] || break
   stage "check_$family" 200 "$python" bench/check_cuda.py --family "$family" --large --seconds 190 --out "$out/check_$family.json"
 done
 
@@ -142,6 +145,7 @@ TIMINGS=(
 )
 date=$(date -u +%Y-%m-%d)
 for line in "${TIMINGS[@]}"; do
+  [ "$usable" = 1 ] || break
   read -r name limit arguments <<< "$line"
   # shellcheck disable=SC2086  # the arguments are words
   stage "$name" "$limit" "$python" bench/run.py $arguments --device cuda --out "$out" --name "${date}_gpu_$name"

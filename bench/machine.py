@@ -81,6 +81,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+def libraries() -> dict[str, str]:
+    """When each library in use was built: the commit is that of the tree, which may have moved on."""
+    from vdit_ext import ops
+
+    return {
+        path.name: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(path.stat().st_mtime))
+        for path in sorted(ops.library_dir().glob("libvdit_*.so"))
+    }
+
+
 def facts() -> dict:
     """Machine, versions, commit and load, for the head of a result."""
     return {

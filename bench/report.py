@@ -73,6 +73,8 @@ def head_lines(result: dict) -> list[str]:
         f"CPU: {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"{machine['cpu_capability']}, {machine['system']}",
     ]
+    built = ", ".join(f"{name} {when}" for name, when in result["libraries"].items())
+    lines.append(f"Libraries built: {built}")
     if gpu:
         extra = "; ".join(f"{key} {value}" for key, value in gpu.items() if key not in ("name", "memory_bytes"))
         lines.append(f"GPU: {gpu['name']}; {extra}")

@@ -25,7 +25,7 @@ if importlib.util.find_spec("vdit_ext") is None:
 
 import torch  # noqa: E402
 from harness import Settings, measure, short  # noqa: E402
-from machine import Ceilings, facts, load_average, slug  # noqa: E402
+from machine import Ceilings, facts, libraries, load_average, slug  # noqa: E402
 from report import show, write  # noqa: E402
 
 FAMILIES = ("attention",)
@@ -92,6 +92,7 @@ def run(args: argparse.Namespace, argv: list[str], save: Callable[[dict], None])
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": "python bench/run.py " + " ".join(hide_paths(argv)),
         **facts(),
+        "libraries": libraries(),
         "settings": vars(settings),
         "load_average": {"start": load_average()},
         "groups_not_begun": 0,
