@@ -18,8 +18,8 @@ namespace vdit {
 // The rows of one query tile.
 struct QueryTile {
   int64_t block = 0;  // num_q_blocks: rows past the last offset, which no block covers and which see nothing
-  int64_t row0 = 0;
-  int rows = 0;  // 0: nothing to do
+  int32_t row0 = 0;   // offsets are 32-bit, so rows are
+  int32_t rows = 0;   // 0: nothing to do
 };
 
 // Number of tiles a launch must have, at most.
@@ -32,13 +32,14 @@ inline int64_t max_query_tiles(BlockSparseAttentionParams const& p, int block_m)
 // offsets[i+1] / kBlockM - offsets[i] / kBlockM + 1 of them, never fewer than it needs, so that a binary
 // search over the offsets replaces a prefix sum over the blocks; a tile that is not needed ends at once.
 template <int kBlockM>
-VDIT_DEVICE QueryTile find_query_tile(BlockSparseAttentionParams const& p, int64_t tile, int64_t b, int64_t h) {
+VDIT_DEVICE QueryTile find_query_tile(BlockSparseAttentionParams const& p, int64_t tile, int64_t b,
+                                      int64_t h) {
   QueryTile at;
-  int64_t end;
+  int64_t row0, end;
   if (p.q_offsets == nullptr) {
     int64_t const tiles = (p.q_block_size + kBlockM - 1) / kBlockM;
     at.block = tile / tiles;
-    at.row0 = at.block * p.q_block_size + tile % tiles * kBlockM;
+    row0 = at.block * p.q_block_size + tile % tiles * kBlockM;
     end = (at.block + 1) * p.q_block_size;
     end = end < p.seqlen_q ? end : p.seqlen_q;
   } else {
@@ -54,11 +55,13 @@ VDIT_DEVICE QueryTile find_query_tile(BlockSparseAttentionParams const& p, int64
       }
     }
     at.block = low;
-    at.row0 = offset(low) + (tile - offset(low) / kBlockM - low) * kBlockM;
+    row0 = offset(low) + (tile - offset(low) / kBlockM - low) * kBlockM;
     end = low < p.num_q_blocks ? offset(low + 1) : p.seqlen_q;
   }
-  int64_t const left = end - at.row0;
-  at.rows = at.row0 < 0 || left <= 0 ? 0 : static_cast<int>(left < kBlockM ? left : kBlockM);
+  int64_t const left = end - row0;
+  if (row0 < 0 || left <= 0) return at;
+  at.row0 = static_cast<int32_t>(row0);
+  at.rows = static_cast<int32_t>(left < kBlockM ? left : kBlockM);
   return at;
 }
 
@@ -150,10 +153,11 @@ struct BlockSparseAttentionKernel {
   static constexpr int kStages = kTile.stages;
   static constexpr int kThreads = kTile.threads();
   static constexpr int kMinBlocks = kTile.blocks_sm;
-  static_assert(kTile.warps == 4 && kBlockM % 64 == 0, "The tiled mma below is of 4 warps with 16 rows each.");
+  static_assert(kTile.warps == 4 && kBlockM % 64 == 0,
+                "The tiled mma below is of 4 warps with 16 rows each.");
 
-  static constexpr int kWarpRowsN = kBlockN / 4;  // key rows of a step that one warp fetches
-  static constexpr int kChunks = kHeadDim / 8;    // of 16 bytes, a row
+  static constexpr int kWarpRowsN = kBlockN / 4;                // key rows of a step that one warp fetches
+  static constexpr int kChunks = kHeadDim / 8;                  // of 16 bytes, a row
   static constexpr int kLanesRow = kHeadDim % 64 == 0 ? 8 : 4;  // lanes that fetch a row together
   static constexpr int kPasses = kWarpRowsN * kLanesRow / 32;
   static_assert(kPasses * 32 == kWarpRowsN * kLanesRow && kChunks % kLanesRow == 0, "Whole warps fetch.");
@@ -161,11 +165,13 @@ struct BlockSparseAttentionKernel {
   // 64 columns (or 32, where head_dim is no multiple of 64) of 8 rows, swizzled so that ldmatrix meets no
   // bank twice.
   static constexpr int kAtomCols = kHeadDim % 64 == 0 ? 64 : 32;
-  using SmemAtom = decltype(cute::composition(
-      cute::Swizzle<kAtomCols == 64 ? 3 : 2, 3, 3>{},
-      cute::Layout<cute::Shape<cute::_8, cute::Int<kAtomCols>>, cute::Stride<cute::Int<kAtomCols>, cute::_1>>{}));
-  using SmemQ = decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<cute::Int<kBlockM>, cute::Int<kHeadDim>>{}));
-  using SmemK = decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDim>>{}));
+  using SmemAtom = decltype(cute::composition(cute::Swizzle<kAtomCols == 64 ? 3 : 2, 3, 3>{},
+                                              cute::Layout<cute::Shape<cute::_8, cute::Int<kAtomCols>>,
+                                                           cute::Stride<cute::Int<kAtomCols>, cute::_1>>{}));
+  using SmemQ =
+      decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<cute::Int<kBlockM>, cute::Int<kHeadDim>>{}));
+  using SmemK =
+      decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDim>>{}));
   // The same bytes seen as [head_dim, keys]: the second product's B operand.
   using TransposedShape = cute::Shape<cute::Int<kHeadDim>, cute::Int<kBlockN>>;
   using SmemVt = decltype(cute::composition(
@@ -187,13 +193,13 @@ struct BlockSparseAttentionKernel {
   using Output = decltype(cute::partition_fragment_C(
       TiledMma{}, cute::Shape<cute::Int<kBlockM>, cute::Int<kHeadDim>>{}));  // ((2, 2), kM, kD)
 
-  // Four 16-row warps leave registers for the query fragments; with 32 rows a warp they are read again each
-  // step.
-  static constexpr bool kQueriesInRegisters = kBlockM == 64;
+  // Where registers are left for the query fragments they stay there; else they are read again each step.
+  // NOTE: 64 x 128 tiles would spill 12 bytes at the 168 registers that three blocks an SM allow.
+  static constexpr bool kQueriesInRegisters = kBlockM == 64 && kHeadDim < 128;
 
-  // A row's maximum is raised only when a score exceeds it by 2^8 (in the exponent's unit): probabilities then
-  // stay below 256, well within fp16, and the pass over the outputs that a raise costs becomes rare. The result
-  // is the same up to rounding, because the same maximum divides out at the end.
+  // A row's maximum is raised only when a score exceeds it by 2^8 (in the exponent's unit): probabilities
+  // then stay below 256, well within fp16, and the pass over the outputs that a raise costs becomes rare. The
+  // result is the same up to rounding, because the same maximum divides out at the end.
   static constexpr float kRaise = 8.f;
 
   struct RowStats {
@@ -217,24 +223,25 @@ struct BlockSparseAttentionKernel {
 
   // The stream's next kBlockN rows of k and v into one stage. Each warp fetches its quarter; rows past the
   // stream's end become zero, so that a probability of 0 times them is 0. Returns the number of rows.
-  VDIT_DEVICE static int fetch_keys(RowStream& stream, T const* k, int64_t stride_k, T const* v, int64_t stride_v,
-                                    T* smem_stage) {
-    int const warp_row = warp_idx() * kWarpRowsN;
+  VDIT_DEVICE static int fetch_keys(RowStream& stream, T const* k, int64_t stride_k, T const* v,
+                                    int64_t stride_v, T* smem_stage) {
+    int const thread = not_hoisted(thread_idx());  // the outputs want the registers
+    int const lane = thread % 32, warp_row = thread / 32 * kWarpRowsN;
     int32_t source;
-    int const rows = stream.take<kBlockN>(warp_row + lane_idx() % kWarpRowsN, source);
+    int const rows = stream.take<kBlockN>(warp_row + lane % kWarpRowsN, source);
     if (rows == 0) return 0;
     auto sK = cute::make_tensor(cute::make_smem_ptr(smem_stage), SmemK{});
     auto sV = cute::make_tensor(cute::make_smem_ptr(smem_stage + kKElements), SmemK{});
     CUTE_UNROLL
     for (int pass = 0; pass < kPasses; ++pass) {
-      int const r = pass * (32 / kLanesRow) + lane_idx() / kLanesRow;
+      int const r = pass * (32 / kLanesRow) + lane / kLanesRow;
       int64_t const row = shfl(source, r);
       bool const valid = row >= 0;
       T const* k_row = k + (valid ? row * stride_k : 0);
       T const* v_row = v + (valid ? row * stride_v : 0);
       CUTE_UNROLL
       for (int chunk = 0; chunk < kChunks / kLanesRow; ++chunk) {
-        int const col = (chunk * kLanesRow + lane_idx() % kLanesRow) * 8;
+        int const col = (chunk * kLanesRow + lane % kLanesRow) * 8;
         cp_async_16(&sK(warp_row + r, col), k_row + col, valid);
         cp_async_16(&sV(warp_row + r, col), v_row + col, valid);
       }
@@ -242,7 +249,8 @@ struct BlockSparseAttentionKernel {
     return rows;
   }
 
-  // What keeps the maximum rule simple: scores are turned so that a larger one weighs more. Rare, so not fast.
+  // What keeps the maximum rule simple: scores are turned so that a larger one weighs more. Rare, so not
+  // fast.
   VDIT_DEVICE static void turn_scores(Scores& s, float scale) {
     if (scale > 0.f) return;
     float const sign = scale < 0.f ? -1.f : 0.f;
@@ -313,8 +321,8 @@ struct BlockSparseAttentionKernel {
     }
   }
 
-  // Probabilities in T, seen as the second product's A operand: two 8-column accumulators side by side are one
-  // 16-column fragment, in the very registers.
+  // Probabilities in T, seen as the second product's A operand: two 8-column accumulators side by side are
+  // one 16-column fragment, in the very registers.
   VDIT_DEVICE static auto as_operand(Scores const& s) {
     using namespace cute;
     auto p = make_tensor<T>(Layout<Shape<Shape<_2, _2, _2>, Int<kM>, Int<kN / 2>>>{});
@@ -336,14 +344,16 @@ struct BlockSparseAttentionKernel {
   // acc += A B^T. A's fragments come slice by slice (16 deep) through `load_a`; B is read from shared memory
   // 16 rows of a slice at a time, kAhead reads ahead of the products, so that few of its registers are live.
   template <class A, class LoadA, class CopyB, class From, class To, class B, class Acc>
-  VDIT_DEVICE static void multiply(A const& rA, LoadA const& load_a, CopyB const& copy_b, From const& from, To& to,
-                                   B const& rB, Acc& acc) {
+  VDIT_DEVICE static void multiply(A const& rA, LoadA const& load_a, CopyB const& copy_b, From const& from,
+                                   To& to, B const& rB, Acc& acc) {
     using namespace cute;
     constexpr int kAhead = 2;
     constexpr int kPairs = decltype(size<1>(rB))::value / 2;  // of 8-row atoms, a slice
     constexpr int kSteps = decltype(size<2>(rA))::value * kPairs;
     TiledMma mma;
-    auto load_b = [&](int step) { copy(copy_b, from(_, step % kPairs, step / kPairs), to(_, step % kPairs, step / kPairs)); };
+    auto load_b = [&](int step) {
+      copy(copy_b, from(_, step % kPairs, step / kPairs), to(_, step % kPairs, step / kPairs));
+    };
     load_a(0);
     CUTE_UNROLL
     for (int step = 0; step < kAhead && step < kSteps; ++step) load_b(step);
@@ -362,7 +372,8 @@ struct BlockSparseAttentionKernel {
 
   // Adds up the quads' sums, divides, and writes lse. A row that saw nothing gets 0 and -inf; NaN everywhere
   // when the list named a block that does not exist.
-  VDIT_DEVICE static void finish(RowStats& stats, Output& o, float exponent_scale, bool bad, int rows, float* lse) {
+  VDIT_DEVICE static void finish(RowStats& stats, Output& o, float exponent_scale, bool bad, int rows,
+                                 float* lse) {
     CUTE_UNROLL
     for (int i = 0; i < kRows; ++i) {
       float sum = stats.sum[i];
@@ -392,7 +403,8 @@ struct BlockSparseAttentionKernel {
     for (int i = 0; i < kRows; ++i) {
       CUTE_UNROLL
       for (int d = 0; d < kD; ++d) {
-        uint32_t const pair = pack2<T>(o(cute::make_coord(0, i % 2), i / 2, d), o(cute::make_coord(1, i % 2), i / 2, d));
+        uint32_t const pair =
+            pack2<T>(o(cute::make_coord(0, i % 2), i / 2, d), o(cute::make_coord(1, i % 2), i / 2, d));
         *reinterpret_cast<uint32_t*>(&sO(row_of(i / 2, i % 2), d * 8 + lane_idx() % 4 * 2)) = pair;
       }
     }
@@ -401,7 +413,8 @@ struct BlockSparseAttentionKernel {
     for (int i = 0; i < kBlockM * kChunks / kThreads; ++i) {
       int const item = thread_idx() + i * kThreads;
       int const r = item / kChunks, col = item % kChunks * 8;
-      if (r < rows) *reinterpret_cast<uint4*>(out + r * stride + col) = *reinterpret_cast<uint4 const*>(&sO(r, col));
+      if (r < rows)
+        *reinterpret_cast<uint4*>(out + r * stride + col) = *reinterpret_cast<uint4 const*>(&sO(r, col));
     }
   }
 
@@ -413,8 +426,6 @@ struct BlockSparseAttentionKernel {
     T const* q = static_cast<T const*>(p.q) + b * p.stride_q.b + h * p.stride_q.h + tile.row0 * p.stride_q.s;
     T const* k = static_cast<T const*>(p.k) + b * p.stride_k.b + h * p.stride_k.h;
     T const* v = static_cast<T const*>(p.v) + b * p.stride_v.b + h * p.stride_v.h;
-    T* out = static_cast<T*>(p.out) + b * p.stride_out.b + h * p.stride_out.h + tile.row0 * p.stride_out.s;
-    float* lse = p.lse + b * p.stride_lse.b + h * p.stride_lse.h + tile.row0;
     T* smem_q = reinterpret_cast<T*>(smem);  // [kBlockM, kHeadDim]
     T* smem_kv = smem_q + kQElements;        // kStages x (keys, values) [kBlockN, kHeadDim]
     constexpr float kLog2E = 1.44269504088896341f;
@@ -453,7 +464,8 @@ struct BlockSparseAttentionKernel {
       cp_async_wait<kStages - 2>();
       sync_block();  // this step's rows are here, and every warp has left the stage that is filled next
       int const filled = stage == 0 ? kStages - 1 : stage - 1;
-      int const later = fetch_keys(stream, k, p.stride_k.s, v, p.stride_v.s, smem_kv + filled * 2 * kKElements);
+      int const later =
+          fetch_keys(stream, k, p.stride_k.s, v, p.stride_v.s, smem_kv + filled * 2 * kKElements);
       cp_async_commit();
       if (kQueriesInRegisters && step == 0) copy(load_q, from_q, to_q);
 
@@ -487,6 +499,8 @@ struct BlockSparseAttentionKernel {
 
     cp_async_wait<0>();
     sync_block();  // an empty list leaves the queries' copies under way, and the outputs take their place
+    T* out = static_cast<T*>(p.out) + b * p.stride_out.b + h * p.stride_out.h + tile.row0 * p.stride_out.s;
+    float* lse = p.lse + b * p.stride_lse.b + h * p.stride_lse.h + tile.row0;
     finish(stats, o, exponent_scale, warp_any(stream.bad), tile.rows, lse);
     store_out(o, smem_q, out, p.stride_out.s, tile.rows);
   }

@@ -1,5 +1,5 @@
-// kmeans_assign: labels[i] = argmax_c x_i . c - |c|^2 / 2, a GEMM whose tiles end in a running argmax, so that
-// no n x c matrix exists.
+// kmeans_assign: labels[i] = argmax_c x_i . c - |c|^2 / 2, a GEMM whose tiles end in a running argmax, so
+// that no n x c matrix exists.
 #pragma once
 #include "attention/kernel_sm80_util.cuh"
 #include "vdit/attention.h"
@@ -30,11 +30,13 @@ struct KMeansAssignKernel {
   // 64 columns (or 32, where head_dim is no multiple of 64) of 8 rows, swizzled so that ldmatrix meets no
   // bank twice.
   static constexpr int kAtomCols = kHeadDim % 64 == 0 ? 64 : 32;
-  using SmemAtom = decltype(cute::composition(
-      cute::Swizzle<kAtomCols == 64 ? 3 : 2, 3, 3>{},
-      cute::Layout<cute::Shape<cute::_8, cute::Int<kAtomCols>>, cute::Stride<cute::Int<kAtomCols>, cute::_1>>{}));
-  using SmemX = decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<cute::Int<kBlockM>, cute::Int<kHeadDim>>{}));
-  using SmemC = decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDim>>{}));
+  using SmemAtom = decltype(cute::composition(cute::Swizzle<kAtomCols == 64 ? 3 : 2, 3, 3>{},
+                                              cute::Layout<cute::Shape<cute::_8, cute::Int<kAtomCols>>,
+                                                           cute::Stride<cute::Int<kAtomCols>, cute::_1>>{}));
+  using SmemX =
+      decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<cute::Int<kBlockM>, cute::Int<kHeadDim>>{}));
+  using SmemC =
+      decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDim>>{}));
   using TiledMma = decltype(cute::make_tiled_mma(MmaAtom_m16n8k16<T>{},
                                                  cute::Layout<cute::Shape<cute::_4, cute::_1, cute::_1>>{},
                                                  cute::Tile<cute::_64, cute::_16, cute::_16>{}));
@@ -183,9 +185,9 @@ struct KMeansAssignSimpleKernel {
   using Params = KMeansAssignParams;
   static constexpr int kThreads = 256;
   static constexpr int kMinBlocks = 2;
-  static constexpr int kBlock = 64;   // rows, and centroids, of a tile
-  static constexpr int kDepth = 16;   // columns a step
-  static constexpr int kPitch = 68;   // floats; 4 past the tile, so that rows begin at different banks
+  static constexpr int kBlock = 64;  // rows, and centroids, of a tile
+  static constexpr int kDepth = 16;  // columns a step
+  static constexpr int kPitch = 68;  // floats; 4 past the tile, so that rows begin at different banks
   static constexpr int kSmemBytes = 2 * kDepth * kPitch * 4;
 
   // tile[d][r] = m[first + r][d0 + d], zero outside.

@@ -1,9 +1,9 @@
 // topk_blocks and topp_blocks. Both keep a prefix of a descending order, so both are a search for the key at
 // which the prefix ends: no sort, no float sums whose order matters.
 //
-// A score becomes a 32-bit key that sorts as the score does (NaN lowest). One row is searched by one warp, bit
-// by bit. A whole map (top-k per head) is searched by radix histograms over many blocks, 11 bits a pass. The
-// same warp code then writes each row's list in rising order.
+// A score becomes a 32-bit key that sorts as the score does (NaN lowest). One row is searched by one warp,
+// bit by bit. A whole map (top-k per head) is searched by radix histograms over many blocks, 11 bits a pass.
+// The same warp code then writes each row's list in rising order.
 #pragma once
 #include "attention/kernel_sm80_util.cuh"
 #include "vdit/attention.h"
@@ -113,7 +113,8 @@ struct TopkBlocksLaunch {
 
 // Row `row` of map `bh`, flattened over batch and heads.
 VDIT_DEVICE float const* score_row(TopkBlocksParams const& p, int64_t bh, int64_t row) {
-  return p.scores + bh / p.heads * p.stride_scores.b + bh % p.heads * p.stride_scores.h + row * p.stride_scores.s;
+  return p.scores + bh / p.heads * p.stride_scores.b + bh % p.heads * p.stride_scores.h +
+         row * p.stride_scores.s;
 }
 
 // Grid: x tiles of kWarps rows, y batch * heads.
@@ -177,7 +178,8 @@ struct TopkBeginKernel {
 
   VDIT_DEVICE void operator()(Params const& p, char*) const {
     int64_t const bh = block_idx_x();
-    for (int i = thread_idx(); i < 3 * Radix::kBins; i += kThreads) p.histograms[bh * 3 * Radix::kBins + i] = 0;
+    for (int i = thread_idx(); i < 3 * Radix::kBins; i += kThreads)
+      p.histograms[bh * 3 * Radix::kBins + i] = 0;
     if (thread_idx() == 0) {
       int64_t const count = p.topk.num_q_blocks * p.topk.num_kv_blocks;
       p.cuts[bh] = Cut{uint64_t{1} << 32, 0, p.topk.k < count ? p.topk.k : count};
@@ -322,7 +324,8 @@ struct ToppRowsKernel {
   template <class Keys>
   VDIT_DEVICE static Cut search(Keys const& keys, int64_t count, float top, int64_t target, int64_t least) {
     uint32_t key = 0;
-    int64_t reach = count, over = 0, mass_over = 0;  // `over`: keys above the stretch under search, their mass
+    int64_t reach = count, over = 0,
+            mass_over = 0;  // `over`: keys above the stretch under search, their mass
     for (int bit = 31; bit >= 0; --bit) {
       uint32_t const candidate = key | 1u << bit;
       int64_t n = 0, mass = 0;
@@ -356,9 +359,9 @@ struct ToppRowsKernel {
     int64_t const b = bh / p.topp.heads, h = bh % p.topp.heads, count = p.topp.num_kv_blocks;
     float const* scores = p.topp.scores + b * p.topp.stride_scores.b + h * p.topp.stride_scores.h +
                           row * p.topp.stride_scores.s;
-    int32_t const* weights = p.topp.weights == nullptr ? nullptr
-                                                       : p.topp.weights + b * p.topp.stride_weights.b +
-                                                             h * p.topp.stride_weights.h;
+    int32_t const* weights = p.topp.weights == nullptr
+                                 ? nullptr
+                                 : p.topp.weights + b * p.topp.stride_weights.b + h * p.topp.stride_weights.h;
     // The order is that of log(weight) + score, which cannot underflow as the mass itself does.
     auto compute = [scores, weights](int64_t i) {
       float const weight = weights == nullptr ? 1.f : static_cast<float>(weights[i]);

@@ -12,8 +12,7 @@ using sm80::with_type;
 
 template <class Kernel>
 void assign(KMeansAssignParams const& p, int64_t rows_per_block, void* stream) {
-  Grid const grid{ceil_div(p.num_rows, rows_per_block), p.heads,
-                  p.batch};
+  Grid const grid{ceil_div(p.num_rows, rows_per_block), p.heads, p.batch};
   launch<Kernel>(grid, Kernel::kSmemBytes, stream, p);
 }
 
@@ -39,10 +38,9 @@ LabelSortLaunch plan_sort(LabelSortParams const& p) {
 }  // namespace
 
 void run_kmeans_assign_sm80(KMeansAssignParams const& p, void* stream) {
-  bool const aligned =
-      all_multiples(16, {p.x, p.centroids}, 2,
-                    {p.stride_x.b, p.stride_x.h, p.stride_x.s, p.stride_centroids.b, p.stride_centroids.h,
-                     p.stride_centroids.s});
+  bool const aligned = all_multiples(16, {p.x, p.centroids}, 2,
+                                     {p.stride_x.b, p.stride_x.h, p.stride_x.s, p.stride_centroids.b,
+                                      p.stride_centroids.h, p.stride_centroids.s});
   with_type("kmeans_assign", p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
@@ -62,7 +60,8 @@ int64_t label_sort_workspace_bytes(LabelSortParams const& p) {
 void run_label_sort_sm80(LabelSortParams const& p, void* workspace, void* stream) {
   LabelSortLaunch plan = plan_sort(p);
   plan.counts = static_cast<uint32_t*>(workspace);
-  size_t const counter_bytes = plan.counters_in_smem ? static_cast<size_t>(p.num_labels) * sizeof(uint32_t) : 0;
+  size_t const counter_bytes =
+      plan.counters_in_smem ? static_cast<size_t>(p.num_labels) * sizeof(uint32_t) : 0;
   Grid const chunks{plan.num_chunks, p.heads, p.batch};
   launch<LabelCountKernel>(chunks, counter_bytes, stream, plan);
   launch<LabelScanKernel>(Grid{p.batch * p.heads, 1, 1}, LabelScanKernel::kSmemBytes, stream, plan);

@@ -12,8 +12,7 @@ using sm80::with_type;
 template <class Word>
 void permute_words(PermuteRowsParams const& p, void* stream) {
   using Kernel = PermuteRowsKernel<Word>;
-  Grid const grid{ceil_div(p.num_index, Kernel::kRows), p.heads,
-                  p.batch};
+  Grid const grid{ceil_div(p.num_index, Kernel::kRows), p.heads, p.batch};
   launch<Kernel>(grid, 0, stream, p);
 }
 
@@ -24,12 +23,11 @@ void run_merge_attention_sm80(MergeAttentionParams const& p, void* stream) {
   with_type("merge_attention", p.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kVec = kVecOf<T>;
-    Grid const grid{ceil_div(p.seqlen, MergeAttentionKernel<T, 1>::kRows), p.heads,
-                    p.batch};
-    bool const wide = all_multiples(16, {p.out1, p.out2, p.out}, sizeof(T),
-                                    {p.head_dim, p.stride_out1.b, p.stride_out1.h, p.stride_out1.s,
-                                     p.stride_out2.b, p.stride_out2.h, p.stride_out2.s, p.stride_out.b,
-                                     p.stride_out.h, p.stride_out.s});
+    Grid const grid{ceil_div(p.seqlen, MergeAttentionKernel<T, 1>::kRows), p.heads, p.batch};
+    bool const wide =
+        all_multiples(16, {p.out1, p.out2, p.out}, sizeof(T),
+                      {p.head_dim, p.stride_out1.b, p.stride_out1.h, p.stride_out1.s, p.stride_out2.b,
+                       p.stride_out2.h, p.stride_out2.s, p.stride_out.b, p.stride_out.h, p.stride_out.s});
     if (wide) {
       launch<MergeAttentionKernel<T, kVec>>(grid, 0, stream, p);
     } else {
@@ -56,10 +54,9 @@ void run_mean_pool_blocks_sm80(MeanPoolBlocksParams const& p, void* stream) {
   with_type("mean_pool_blocks", p.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kVec = kVecOf<T>;
-    Grid const grid{p.num_blocks, p.heads,
-                    p.batch};
-    bool const wide = all_multiples(16, {p.x}, sizeof(T),
-                                    {p.head_dim, p.stride_x.b, p.stride_x.h, p.stride_x.s});
+    Grid const grid{p.num_blocks, p.heads, p.batch};
+    bool const wide =
+        all_multiples(16, {p.x}, sizeof(T), {p.head_dim, p.stride_x.b, p.stride_x.h, p.stride_x.s});
     if (wide) {
       launch<MeanPoolBlocksKernel<T, kVec>>(grid, RowMean<T, kVec>::kSmemBytes, stream, p);
     } else {
@@ -73,10 +70,9 @@ void run_segment_mean_sm80(SegmentMeanParams const& p, void* stream) {
   with_type("segment_mean", p.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kVec = kVecOf<T>;
-    Grid const grid{p.num_segments, p.heads,
-                    p.batch};
-    bool const wide = all_multiples(16, {p.x, p.out}, sizeof(T),
-                                    {p.head_dim, p.stride_x.b, p.stride_x.h, p.stride_x.s});
+    Grid const grid{p.num_segments, p.heads, p.batch};
+    bool const wide =
+        all_multiples(16, {p.x, p.out}, sizeof(T), {p.head_dim, p.stride_x.b, p.stride_x.h, p.stride_x.s});
     if (wide) {
       launch<SegmentMeanKernel<T, kVec>>(grid, RowMean<T, kVec>::kSmemBytes, stream, p);
     } else {

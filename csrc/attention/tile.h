@@ -11,10 +11,10 @@ namespace vdit {
 
 struct AttentionTile {
   int head_dim;
-  int block_m;   // query rows a thread block
-  int block_n;   // key rows a step
-  int stages;    // steps of keys and values in shared memory
-  int warps;     // each owns block_m / warps query rows
+  int block_m;    // query rows a thread block
+  int block_n;    // key rows a step
+  int stages;     // steps of keys and values in shared memory
+  int warps;      // each owns block_m / warps query rows
   int blocks_sm;  // thread blocks that share an SM of an A100, by shared memory and registers
 
   constexpr int threads() const { return warps * 32; }
@@ -27,9 +27,10 @@ struct AttentionTile {
   }
 };
 
-// Every tile stays within 64 KB, so that the GPUs with 99 KB an SM (compute capability 8.6, 8.9, 12.0) run it.
-// NOTE: for head sizes 96 and 128 a step is 32 keys, not 64: with both stages of keys and values resident that
-// leaves room for a second thread block, and the 32 fewer score registers keep 128 x 128 outputs from spilling.
+// Every tile stays within 64 KB, so that the GPUs with 99 KB an SM (compute capability 8.6, 8.9, 12.0) run
+// it. NOTE: for head sizes 96 and 128 a step is 32 keys, not 64: with both stages of keys and values resident
+// that leaves room for a second thread block, and the 32 fewer score registers keep 128 x 128 outputs from
+// spilling.
 constexpr AttentionTile attention_tile(int head_dim, int block_m) {
   return AttentionTile{head_dim, block_m, head_dim == 64 ? 64 : 32, 2, 4, block_m == 128 ? 2 : 3};
 }
@@ -44,11 +45,13 @@ inline AttentionTile pick_tile(BlockSparseAttentionParams const& p) {
   }
   double rows_64, rows_128;  // executed a query block
   if (p.q_offsets != nullptr) {
-    double const mean = p.num_q_blocks > 0 ? static_cast<double>(p.seqlen_q) / static_cast<double>(p.num_q_blocks) : 0;
+    double const mean =
+        p.num_q_blocks > 0 ? static_cast<double>(p.seqlen_q) / static_cast<double>(p.num_q_blocks) : 0;
     rows_64 = mean + 32, rows_128 = mean + 64;
   } else {
     int64_t const block = p.q_block_size < p.seqlen_q ? p.q_block_size : p.seqlen_q;
-    rows_64 = static_cast<double>((block + 63) / 64 * 64), rows_128 = static_cast<double>((block + 127) / 128 * 128);
+    rows_64 = static_cast<double>((block + 63) / 64 * 64),
+    rows_128 = static_cast<double>((block + 127) / 128 * 128);
   }
   return attention_tile(p.head_dim, rows_128 <= 1.25 * rows_64 ? 128 : 64);
 }

@@ -484,6 +484,15 @@ VDIT_DEVICE float fast_rsqrt(float x) {
 #endif
 }
 
+// The same value, unknown to the compiler: what is computed from it inside a loop stays there instead of being
+// kept in registers across the loop.
+VDIT_DEVICE int not_hoisted(int v) {
+#if !defined(VDIT_EMU)
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
 VDIT_DEVICE int popcount(uint32_t v) {
 #if defined(VDIT_EMU)
   return __builtin_popcount(v);
