@@ -13,7 +13,7 @@ TESTS = Path(__file__).resolve().parent
 if str(TESTS) not in sys.path:
     sys.path.insert(0, str(TESTS))  # cases/ and the helpers are shared between folders and with bench/
 
-from build_emu import EmulatorUnavailable, build_emulator  # noqa: E402
+from build_emu import EmulatorUnavailable, build_emulator, skip_or_fail  # noqa: E402
 
 import vdit_ext  # noqa: E402  loads the op libraries
 
@@ -45,7 +45,7 @@ def emulator() -> Backend:
     try:
         library = build_emulator()
     except EmulatorUnavailable as reason:
-        pytest.skip(f"emulator: {reason}")
+        skip_or_fail(reason)
     torch.ops.load_library(str(library))
     return Backend("emu", "cpu", "vdit_emu")
 

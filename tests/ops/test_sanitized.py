@@ -8,14 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from build_emu import EmulatorUnavailable, build_emulator
+from build_emu import EmulatorUnavailable, build_emulator, skip_or_fail
 
 
+@pytest.mark.slow
 def test_emulated_kernels_are_clean_under_address_sanitizer():
     try:
         library = build_emulator(sanitize="address")
     except EmulatorUnavailable as reason:
-        pytest.skip(f"emulator: {reason}")
+        skip_or_fail(reason)
     runtime = subprocess.run(
         ["c++", "-print-file-name=libasan.so"], capture_output=True, text=True
     ).stdout.strip()
@@ -28,5 +29,7 @@ def test_emulated_kernels_are_clean_under_address_sanitizer():
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:use_sigaltstack=0",
     }
     script = Path(__file__).with_name("sanitized_ops.py")
-    done = subprocess.run([sys.executable, str(script), str(library)], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, str(script), str(library)], capture_output=True, text=True, env=env, timeout=1800
+    )
     assert done.returncode == 0 and "all ran" in done.stdout, f"{done.stdout[-1000:]}\n{done.stderr[-5000:]}"
