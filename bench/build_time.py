@@ -78,7 +78,7 @@ def source_of(pid: int) -> str:
             words = file.read().decode(errors="replace").split("\0")
     except OSError:
         return ""
-    sources = [w for w in words if w.endswith((".cpp", ".cu", ".cc", ".ii", ".ptx"))]
+    sources = [w for w in words if w.endswith((".cpp", ".cu", ".cc", ".ii", ".ptx")) and not w.startswith(".")]
     return Path(sources[-1]).name if sources else ""
 
 

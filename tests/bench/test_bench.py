@@ -49,6 +49,7 @@ def test_result_is_complete(tmp_path):
         "versions",
         "commit",
         "load_average",
+        "libraries",
         "ceilings",
     ):
         assert result[key], key
