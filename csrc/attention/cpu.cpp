@@ -1,4 +1,5 @@
-// CPU entry points of the attention family: work items, thread hand-out, and the ops that need no vector code.
+// CPU entry points of the attention family: work items, thread hand-out, and the ops that need no vector
+// code.
 //
 // The vector bodies are in cpu_body.h, compiled once per instruction set by cpu_<isa>.cpp.
 #include <algorithm>
@@ -80,7 +81,8 @@ void append_items(BlockSparseAttentionParams const& p, int64_t b, int64_t h, int
 
 }  // namespace
 
-// Head by head, so that the threads share a head's K and V in cache, and within a head the longest item first.
+// Head by head, so that the threads share a head's K and V in cache, and within a head the longest item
+// first.
 void run_block_sparse_attention_cpu(BlockSparseAttentionParams const& p, ParallelFor const& parallel) {
   AttentionCpuKernels const& kernel = kernels();
   std::vector<AttentionItem> items;
@@ -89,9 +91,10 @@ void run_block_sparse_attention_cpu(BlockSparseAttentionParams const& p, Paralle
     for (int64_t h = 0; h < p.heads; ++h) {
       auto const first = items.size();
       for (int64_t block = 0; block < p.num_q_blocks; ++block) append_items(p, b, h, block, items);
-      std::stable_sort(items.begin() + first, items.end(), [](AttentionItem const& x, AttentionItem const& y) {
-        return x.keys * x.item.rows > y.keys * y.item.rows;
-      });
+      std::stable_sort(items.begin() + first, items.end(),
+                       [](AttentionItem const& x, AttentionItem const& y) {
+                         return x.keys * x.item.rows > y.keys * y.item.rows;
+                       });
     }
   }
   for_each_item(parallel, static_cast<int64_t>(items.size()),
@@ -222,7 +225,8 @@ void topk_rows(TopkBlocksParams const& p, int64_t head, int64_t begin, int64_t e
     for (int64_t row = begin; row < end; ++row) p.kv_num_blocks[head * p.num_q_blocks + row] = 0;
     return;
   }
-  float const* const scores = p.scores + head / p.heads * p.stride_scores.b + head % p.heads * p.stride_scores.h;
+  float const* const scores =
+      p.scores + head / p.heads * p.stride_scores.b + head % p.heads * p.stride_scores.h;
   std::vector<uint32_t> keys((end - begin) * n);
   std::vector<uint8_t> keep(keys.size());
   for (int64_t row = begin; row < end; ++row)
@@ -240,7 +244,9 @@ void topk_rows(TopkBlocksParams const& p, int64_t head, int64_t begin, int64_t e
 struct Candidate {
   float rank;
   int32_t index;
-  bool operator<(Candidate const& other) const { return rank != other.rank ? rank < other.rank : index > other.index; }
+  bool operator<(Candidate const& other) const {
+    return rank != other.rank ? rank < other.rank : index > other.index;
+  }
 };
 
 // log of a block's mass, but for the row's common factor: it still tells blocks apart whose mass is too small
@@ -275,7 +281,8 @@ void topp_row(ToppBlocksParams const& p, float const* scores, int32_t const* wei
   double const enough = p.p * total;
   std::vector<uint8_t> keep(n, static_cast<uint8_t>(p.p >= 1.f));
   double sum = 0;
-  for (int64_t kept = 0; p.p < 1.f && kept < n && (kept < p.min_blocks || (sum <= enough && total > 0)); ++kept) {
+  for (int64_t kept = 0; p.p < 1.f && kept < n && (kept < p.min_blocks || (sum <= enough && total > 0));
+       ++kept) {
     std::pop_heap(heap.begin(), heap.end() - kept);
     Candidate const top = heap[n - 1 - kept];
     keep[top.index] = 1;
@@ -300,7 +307,8 @@ void run_topp_blocks_cpu(ToppBlocksParams const& p, ParallelFor const& parallel)
     for (int64_t i = begin; i < end; ++i) {
       int64_t const b = i / rows / p.heads, h = i / rows % p.heads;
       Strides3 const s = p.stride_scores;
-      int32_t const* const weights = p.weights ? p.weights + b * p.stride_weights.b + h * p.stride_weights.h : nullptr;
+      int32_t const* const weights =
+          p.weights ? p.weights + b * p.stride_weights.b + h * p.stride_weights.h : nullptr;
       topp_row(p, p.scores + b * s.b + h * s.h + i % rows * s.s, weights, p.kv_num_blocks + i,
                p.kv_indices + i * p.num_kv_blocks);
     }

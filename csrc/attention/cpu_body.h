@@ -24,6 +24,7 @@ using Vec = Simd::Vec;
 constexpr int kLanes = Simd::kLanes;
 constexpr int kRows = Simd::kRows;
 
+// Keys per tile. Sizes of the register block are in simd_*.h.
 constexpr int kTileKeys = 64;
 // Words between the rows of a tile: an odd number of cache lines, so that rows do not share cache sets.
 constexpr int kTilePitch = kCpuMaxHeadDim + 16;
@@ -86,7 +87,8 @@ inline void copy_row(T const* x, float* words, int head_dim) {
     for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes)
       Simd::store(words + d / 2, Simd::load(reinterpret_cast<float const*>(x + d)));
     for (; d < head_dim; d += 2)
-      words[d / 2] = float_from_bits(x[d].bits | (d + 1 < head_dim ? static_cast<uint32_t>(x[d + 1].bits) << 16 : 0u));
+      words[d / 2] =
+          float_from_bits(x[d].bits | (d + 1 < head_dim ? static_cast<uint32_t>(x[d + 1].bits) << 16 : 0u));
   } else {
     for (; d + kLanes <= head_dim; d += kLanes) Simd::store(words + d, Simd::load(x + d));
     for (; d < head_dim; ++d) words[d] = to_float(x[d]);
@@ -98,7 +100,8 @@ template <class T, class S = Simd>
 inline void copy_row_pair(T const* even, T const* odd, float* words, int head_dim) {
   int d = 0;
   for (; d + kLanes <= head_dim; d += kLanes) Simd::store(words + d, S::load_pairs(even + d, odd + d));
-  for (; d < head_dim; ++d) words[d] = float_from_bits(even[d].bits | static_cast<uint32_t>(odd[d].bits) << 16);
+  for (; d < head_dim; ++d)
+    words[d] = float_from_bits(even[d].bits | static_cast<uint32_t>(odd[d].bits) << 16);
 }
 
 template <class T>
@@ -154,7 +157,8 @@ void pack_rows(T const* x, int64_t stride, int rows, int head_dim, bool negate, 
         for (int d = 0; d < words; ++d) row[d] = float_from_bits(float_bits(row[d]) ^ sign);
       }
       for (int d = 0; d < words; d += kLanes) {
-        transpose_block(stage + d, kTilePitch, base + (d * group.vecs + v) * kLanes, group.vecs * kLanes, words - d);
+        transpose_block(stage + d, kTilePitch, base + (d * group.vecs + v) * kLanes, group.vecs * kLanes,
+                        words - d);
       }
     }
   }
@@ -195,7 +199,8 @@ class KeyStream {
 };
 
 template <bool kDot, class T>
-int load_tile(KeyStream& keys, T const* k, int64_t stride_k, T const* v, int64_t stride_v, int head_dim, Scratch& t) {
+int load_tile(KeyStream& keys, T const* k, int64_t stride_k, T const* v, int64_t stride_v, int head_dim,
+              Scratch& t) {
   int count = 0;
   for (int64_t row, rows; count < kTileKeys && keys.next(kTileKeys - count, row, rows);) {
     for (int64_t i = 0; i < rows; ++i, ++count) {
@@ -224,9 +229,10 @@ inline void score_tile(float const* q, float const* k, int words, int count, flo
   for (int n = 0; n < count; n += kRows) {
     Vec acc[kRows][kVecs];
     VDIT_UNROLL
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kRows; ++r) {
       VDIT_UNROLL
-    for (int v = 0; v < kVecs; ++v) acc[r][v] = Simd::set1(0.f);
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = Simd::set1(0.f);
+    }
     multiply<kDot, kVecs, kTilePitch, 1>(acc, q, k + n * kTilePitch, words);
     VDIT_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -267,20 +273,23 @@ inline void exp_tile(float* s, int count, Vec scale, Vec const (&neg_max)[kVecs]
 
 // out = out * factor + V^T P
 template <bool kDot, int kVecs>
-inline void accumulate_tile(float const* s, float const* v, int depth, int head_dim, Vec const (&factor)[kVecs],
-                            float* out) {
+inline void accumulate_tile(float const* s, float const* v, int depth, int head_dim,
+                            Vec const (&factor)[kVecs], float* out) {
   for (int d = 0; d < head_dim; d += kRows) {
     Vec acc[kRows][kVecs];
     float* const rows = out + d * kVecs * kLanes;
     VDIT_UNROLL
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kRows; ++r) {
       VDIT_UNROLL
-    for (int i = 0; i < kVecs; ++i) acc[r][i] = Simd::mul(Simd::load(rows + (r * kVecs + i) * kLanes), factor[i]);
+      for (int i = 0; i < kVecs; ++i)
+        acc[r][i] = Simd::mul(Simd::load(rows + (r * kVecs + i) * kLanes), factor[i]);
+    }
     multiply<kDot, kVecs, 1, kTilePitch>(acc, s, v + d, depth);
     VDIT_UNROLL
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kRows; ++r) {
       VDIT_UNROLL
-    for (int i = 0; i < kVecs; ++i) Simd::store(rows + (r * kVecs + i) * kLanes, acc[r][i]);
+      for (int i = 0; i < kVecs; ++i) Simd::store(rows + (r * kVecs + i) * kLanes, acc[r][i]);
+    }
   }
 }
 
@@ -306,7 +315,8 @@ void attend_tile(Scratch& t, int first_vec, int count, int head_dim, float scale
   exp_tile<kDot, kVecs>(t.s, count, scale_vec, neg_max, sum);
   VDIT_UNROLL
   for (int v = 0; v < kVecs; ++v) Simd::store(t.sum + first + v * kLanes, sum[v]);
-  accumulate_tile<kDot, kVecs>(t.s, t.v, kDot ? (count + 1) / 2 : count, head_dim, factor, t.out + first * head_dim);
+  accumulate_tile<kDot, kVecs>(t.s, t.v, kDot ? (count + 1) / 2 : count, head_dim, factor,
+                               t.out + first * head_dim);
 }
 
 template <bool kDot>
@@ -369,7 +379,8 @@ void attend_item(BlockSparseAttentionParams const& p, CpuItem const& item, Scrat
 
   KeyStream keys(p, item);
   while (int const count = load_tile<kDot>(keys, k, p.stride_k.s, v, p.stride_v.s, p.head_dim, t)) {
-    for (int g = 0; g < groups; ++g) attend_tile<kDot>(t, group_of(g, groups, vecs), count, p.head_dim, scale);
+    for (int g = 0; g < groups; ++g)
+      attend_tile<kDot>(t, group_of(g, groups, vecs), count, p.head_dim, scale);
   }
   store_item<T>(p, item, t);
 }
@@ -423,13 +434,15 @@ void assign_group(Scratch& t, int first_vec, int first_centroid, int count, int 
 template <bool kDot, class T>
 void assign_item(KMeansAssignParams const& p, CpuItem const& item, Scratch& t) {
   T const* const x = static_cast<T const*>(p.x) + item.b * p.stride_x.b + item.h * p.stride_x.h;
-  T const* const c = static_cast<T const*>(p.centroids) + item.b * p.stride_centroids.b + item.h * p.stride_centroids.h;
+  T const* const c =
+      static_cast<T const*>(p.centroids) + item.b * p.stride_centroids.b + item.h * p.stride_centroids.h;
   int const words = words_of<kDot>(p.head_dim), vecs = vecs_of(item.rows), groups = groups_of(vecs);
   alignas(64) int32_t label[kCpuItemRows] = {};  // what a row keeps that compares with nothing, for NaN
   for (int i = 0; i < vecs * kLanes; ++i) t.max[i] = -__builtin_inff();
   pack_rows<kDot>(x + item.row * p.stride_x.s, p.stride_x.s, item.rows, p.head_dim, false, t);
   for (int64_t first = 0; first < p.num_centroids; first += kTileKeys) {
-    int const count = static_cast<int>(min64(kTileKeys, p.num_centroids - first)), at = static_cast<int>(first);
+    int const count = static_cast<int>(min64(kTileKeys, p.num_centroids - first)),
+              at = static_cast<int>(first);
     for (int n = 0; n < count; ++n) {
       T const* const row = c + (first + n) * p.stride_centroids.s;
       copy_row<kDot>(row, t.k + n * kTilePitch, p.head_dim);
@@ -462,7 +475,8 @@ void assign(KMeansAssignParams const& p, CpuItem const& item, void* scratch) {
 template <class T>
 inline void add_row(T const* x, float* sum, int head_dim) {
   int d = 0;
-  for (; d + kLanes <= head_dim; d += kLanes) Simd::store(sum + d, Simd::add(Simd::load(sum + d), Simd::load(x + d)));
+  for (; d + kLanes <= head_dim; d += kLanes)
+    Simd::store(sum + d, Simd::add(Simd::load(sum + d), Simd::load(x + d)));
   for (; d < head_dim; ++d) sum[d] += to_float(x[d]);
 }
 
@@ -569,9 +583,7 @@ void merge(MergeAttentionParams const& p, CpuItem const& item) {
 }  // namespace
 }  // namespace vdit
 
-// The table of this unit: one line at the end of each.
-#define VDIT_ATTENTION_CPU_KERNELS                                                            \
-  {                                                                                           \
-    vdit::Simd::kName, sizeof(vdit::Scratch), vdit::attend, vdit::assign, vdit::merge, vdit::mean_pool, \
-        vdit::segment_mean                                                                    \
-  }
+// The table of this unit.
+#define VDIT_ATTENTION_CPU_KERNELS                                            \
+  {vdit::Simd::kName, sizeof(vdit::Scratch), vdit::attend,      vdit::assign, \
+   vdit::merge,       vdit::mean_pool,       vdit::segment_mean}

@@ -23,8 +23,8 @@ struct AttentionCpuKernels {
   void (*attend)(BlockSparseAttentionParams const& p, CpuItem const& item, void* scratch);
   void (*assign)(KMeansAssignParams const& p, CpuItem const& item, void* scratch);
   void (*merge)(MergeAttentionParams const& p, CpuItem const& item);
-  void (*mean_pool)(MeanPoolBlocksParams const& p, CpuItem const& item);        // item.block
-  void (*segment_mean)(SegmentMeanParams const& p, CpuItem const& item);        // item.block
+  void (*mean_pool)(MeanPoolBlocksParams const& p, CpuItem const& item);  // item.block
+  void (*segment_mean)(SegmentMeanParams const& p, CpuItem const& item);  // item.block
 };
 
 extern AttentionCpuKernels const kAttentionPortable, kAttentionAvx2, kAttentionAvx512, kAttentionAvx512Bf16;

@@ -30,10 +30,12 @@ CpuIsa chosen_level() {
   for (int level = 0; level < 4; ++level) {
     if (std::string(wish) != kNames[level]) continue;
     if (level <= static_cast<int>(best)) return static_cast<CpuIsa>(level);
-    throw std::runtime_error("vdit: VDIT_CPU_ISA=" + std::string(wish) + " is not supported by this CPU, whose best is " +
+    throw std::runtime_error("vdit: VDIT_CPU_ISA=" + std::string(wish) +
+                             " is not supported by this CPU, whose best is " +
                              kNames[static_cast<int>(best)]);
   }
-  throw std::runtime_error("vdit: VDIT_CPU_ISA must be portable, avx2, avx512 or avx512_bf16, got " + std::string(wish));
+  throw std::runtime_error("vdit: VDIT_CPU_ISA must be portable, avx2, avx512 or avx512_bf16, got " +
+                           std::string(wish));
 }
 
 }  // namespace

@@ -21,7 +21,7 @@ void for_each_item(ParallelFor const& parallel, int64_t n, Item const& item) {
     int64_t n;
     std::atomic<int64_t> next{0};
     std::atomic<bool> failed{false};
-    std::exception_ptr error;  // the first one; written by the thread that set `failed`
+    std::exception_ptr error{};  // the first one; written by the thread that set `failed`
   } state{&item, n};
   // An item may run out of memory. A lent thread need not survive an exception, so none leaves the body.
   auto const body = [](void* opaque, int64_t begin, int64_t end) {

@@ -45,7 +45,9 @@ struct Simd {
   static Vec zero_if_neg_inf(Vec x) {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, set1(-__builtin_inff()), _CMP_EQ_OQ), x);
   }
-  static Vec zero_if_zero(Vec x, Vec y) { return _mm256_andnot_ps(_mm256_cmp_ps(x, set1(0.f), _CMP_EQ_OQ), y); }
+  static Vec zero_if_zero(Vec x, Vec y) {
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, set1(0.f), _CMP_EQ_OQ), y);
+  }
 
   static void keep_larger(Vec& best, IntVec& index, Vec x, int32_t i) {
     Vec const larger = _mm256_cmp_ps(x, best, _CMP_GT_OQ);

@@ -97,8 +97,8 @@ struct Simd {
   // Lane i: bf16(even[i]) in the low half, bf16(odd[i]) in the high half.
   static Vec pack_bf16(Vec even, Vec odd) {
     __m512i const halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);  // 16 of even, then 16 of odd
-    __m512i const order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
-                                           22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __m512i const order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23,
+                                           7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves));
   }
   // The same for 16 elements in memory.
@@ -122,7 +122,8 @@ struct Simd {
       r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
     }
     for (int j = 0; j < 4; ++j) {  // quarters: first pairs of row groups, then pairs of pairs
-      Vec const a = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd);
+      Vec const a = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88),
+                b = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd);
       Vec const c = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88);
       Vec const d = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd);
       t[j] = _mm512_shuffle_f32x4(a, c, 0x88);

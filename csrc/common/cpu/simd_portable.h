@@ -26,8 +26,12 @@ struct Simd {
   }
   static void store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
 
-  static Vec load(Float16 const* p) { return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
-  static Vec load(BFloat16 const* p) { return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+  static Vec load(Float16 const* p) {
+    return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+  }
+  static Vec load(BFloat16 const* p) {
+    return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
+  }
   template <class T>
   static void store(T* p, Vec x) {
     for (int i = 0; i < 4; ++i) p[i] = from_float<T>(x[i]);
