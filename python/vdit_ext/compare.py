@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import UnionType
+from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -215,7 +216,7 @@ def build_method(name: str, presets: list[str], settings: Mapping[str, Any]) -> 
     Args:
         name: a key of :data:`vdit_ext.sparse.METHODS`.
         presets: the first of these that the method knows gives the settings; its own defaults when none does.
-        settings: what to change; strings are read as the setting's own type.
+        settings: what to change; strings are read as the type that the setting is annotated with.
 
     Raises:
         ValueError: one sentence, for an unknown name or setting, or a value out of range.
@@ -233,7 +234,8 @@ def build_method(name: str, presets: list[str], settings: Mapping[str, Any]) -> 
         except ValueError:
             continue
     method = factory() if method is None else method
-    known = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init}
+    hints = get_type_hints(type(method))
+    known = {f.name: hints[f.name] for f in dataclasses.fields(method) if f.init}
     changes = {}
     for key, value in settings.items():
         if key not in known:
@@ -244,22 +246,33 @@ def build_method(name: str, presets: list[str], settings: Mapping[str, Any]) -> 
     return dataclasses.replace(method, **changes)
 
 
-def _typed(method: str, key: str, value: Any, current: Any) -> Any:
-    """Read a command line's string as the type that the setting has now."""
-    if not isinstance(value, str) or isinstance(current, str):
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def _typed(method: str, key: str, value: Any, hint: Any) -> Any:
+    """Read a command line's string as the type that the setting is annotated with; ValueError if it is none."""
+    if not isinstance(value, str):
         return value
-    words = {"true": True, "false": False, "none": None}
-    if value.lower() in words:
-        return words[value.lower()]
+    kinds = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
+    if type(None) in kinds and value.lower() == "none":
+        return None
+    (kind,) = (kind for kind in kinds if kind is not type(None))
+    if kind is str:
+        return value
     try:
-        if isinstance(current, int) and not isinstance(current, bool):
-            return int(value)
-        if isinstance(current, tuple):
+        if kind is bool:
+            return _BOOLEANS[value.lower()]
+        if get_origin(kind) is tuple:
             return tuple(int(part) for part in value.replace("x", ",").split(","))
-        return float(value)
-    except ValueError:
-        kind = "numbers such as 8,16" if isinstance(current, tuple) else "a number"
-        raise ValueError(f"{method}: {key} must be {kind}, got {value!r}") from None
+        number = int(value) if kind is int else float(value)
+    except (KeyError, ValueError):
+        number = math.nan
+    # No setting of a method is negative.
+    if not 0 <= number < math.inf:
+        what = {bool: "true or false", int: "a whole number, 0 or more", float: "a number, 0 or more"}
+        expected = what.get(kind, "whole numbers such as 8,16") + (", or none" * (type(None) in kinds))
+        raise ValueError(f"{method}: {key} must be {expected}, got {value!r}")
+    return number
 
 
 def settings_of(method: Any) -> dict[str, Any]:
@@ -362,3 +375,16 @@ def check_methods(sampler: Sampler, request: Request, methods: Iterable[Any]) ->
 
     for method in methods:
         accelerate(sampler.model, sparse=method, num_inference_steps=request.steps).undo()
+
+
+def always_dense(sampler: Sampler, request: Request, method: Any) -> bool:
+    """Whether a method makes every step of every layer dense, as far as the step numbers tell; no sampling."""
+    from .sparse.plan import StepInfo
+
+    layers = getattr(sampler.model, "transformer", sampler.model).config.num_layers
+    return all(
+        method.is_dense(StepInfo(step, request.steps, timestep, layers), layer)
+        for step in range(request.steps)
+        for layer in range(layers)
+        for timestep in (0.0, 1000.0)
+    )

@@ -9,7 +9,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:
-    sys.path.insert(0, str(HERE))
+    sys.path.append(str(HERE))  # behind tests/, whose helpers it must not shadow
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from vdit_cli_tiny import FRAMES, PROMPT
 
+from vdit_ext.compare import build_method
 from vdit_ext.video import read_video
 
 
@@ -70,10 +71,78 @@ def test_an_existing_folder_keeps_its_other_files(vdit, tmp_path):
         (("--methods", "svg2,svg2"), ("svg2", "once")),
         (("--prompt", "a red cube"), ("cube",)),
         (("--out", "/proc/nothing"), ("writable",)),
+        (("--methods", "draft,svg1", "--top-p", "0.5"), ("--top-p", "svg2", "dense, draft, svg1")),
+        (("--methods", "svg2", "--density", "0.5"), ("--density", "svg1, draft")),
+        (("--methods", "dense", "--set", "seed=1"), ("dense has none",)),
+        (("--methods", "draft", "--set", "svg2.top_p=0.5"), ("chosen method", "svg2.top_p=0.5")),
+        (("--set", "dense.seed=1"), ("dense has none",)),
     ],
 )
 def test_bad_input_is_one_sentence(vdit, tiny, refused, change, words):
     refused(vdit(*arguments(*change)), *words)
+    assert tiny.calls == 0
+
+
+SVG2, SVG1, DRAFT = "svg2", "svg1", "draft"
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "text", "value"),
+    [
+        (SVG2, "zero_step_kmeans_init", "0", False),
+        (SVG2, "zero_step_kmeans_init", "no", False),
+        (SVG2, "zero_step_kmeans_init", "Yes", True),
+        (SVG2, "zero_step_kmeans_init", "1", True),
+        (SVG2, "tolerance", "none", None),
+        (SVG2, "tolerance", "1", 1.0),
+        (SVG2, "seed", "1", 1),
+        (SVG2, "top_p", "1", 1.0),
+        (SVG2, "init", "random", "random"),
+        (SVG1, "sample_limit", "None", None),
+        (SVG1, "sample_limit", "5000", 5000),
+        (DRAFT, "tile", "4x8", (4, 8)),
+        (DRAFT, "swap_portrait", "false", False),
+    ],
+)
+def test_a_setting_gets_the_type_of_its_annotation(method, key, text, value):
+    found = getattr(build_method(method, ["toy"], {key: text}), key)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "text"),
+    [
+        (SVG2, "seed", "none"),
+        (SVG2, "seed", "-1"),
+        (SVG2, "seed", "true"),
+        (SVG2, "top_p", "none"),
+        (SVG2, "top_p", "true"),
+        (SVG2, "top_p", "nan"),
+        (SVG2, "flow_shift", "inf"),
+        (SVG2, "num_q_clusters", "true"),
+        (SVG2, "num_q_clusters", "1.5"),
+        (SVG2, "zero_step_kmeans_init", "none"),
+        (SVG2, "zero_step_kmeans_init", "0.0"),
+        (SVG2, "tolerance", "false"),
+        (SVG2, "init", "none"),
+        (SVG1, "sample_limit", "-5"),
+        (DRAFT, "tile", "none"),
+        (DRAFT, "tile", "8"),
+        (DRAFT, "tile", "8,wide"),
+    ],
+)
+def test_a_setting_of_another_type_is_one_sentence(method, key, text):
+    with pytest.raises(ValueError, match=f"{key} must be ") as caught:
+        build_method(method, ["toy"], {key: text})
+    assert "\n" not in str(caught.value) and str(caught.value).lower().startswith(("svg", "draft"))
+
+
+def test_a_setting_that_a_method_chokes_on_is_refused(vdit, tiny, refused, monkeypatch):
+    def choke(*_args):
+        raise TypeError("svg2: top_p must be a number, got a list")
+
+    monkeypatch.setattr(tiny, "method", choke)
+    refused(vdit(*arguments("--methods", "svg2")), "top_p")
     assert tiny.calls == 0
 
 

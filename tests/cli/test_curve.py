@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from vdit_cli_tiny import PROMPT
 
+from vdit_ext import compare
 from vdit_ext.cli.curve import Point, sentence, target
 
 SWEEP = (
@@ -83,6 +84,29 @@ def test_bad_input_is_one_sentence(vdit, tiny, refused, change, words):
     assert tiny.calls == 0
 
 
-def test_all_dense_is_refused(vdit, refused):
-    result = vdit(*SWEEP, "--set", "dense_step_fraction=1", "--quiet")
+@pytest.mark.parametrize(
+    "setting", ["dense_step_fraction=1", "svg2.dense_layer_fraction=1", "draft.dense_layers=2"]
+)
+def test_all_dense_is_refused_before_sampling(vdit, tiny, refused, setting):
+    refused(vdit(*SWEEP, "--set", setting), "sparse step")
+    assert tiny.calls == 0
+
+
+def test_all_dense_by_the_timesteps_is_refused_after_sampling(vdit, tiny, refused):
+    # Below the last timestep that the schedule has, which only the sampling shows.
+    result = vdit(*SWEEP, "--methods", "draft", "--set", "dense_above=1", "--quiet")
     refused(result, "sparse step")
+    assert tiny.calls > 0
+
+
+def test_what_shows_only_in_the_call_is_refused(vdit, refused, monkeypatch):
+    def choke(*_args):
+        raise ValueError("vdit_ext: no mask was expected, got one")
+
+    monkeypatch.setattr(compare, "run_sparse", choke)
+    refused(vdit(*SWEEP, "--quiet"), "mask")
+
+
+def test_settings_without_a_taker_are_refused(vdit, tiny, refused):
+    refused(vdit(*SWEEP, "--set", "svg1.seed=1"), "chosen method", "svg2, draft")
+    assert tiny.calls == 0

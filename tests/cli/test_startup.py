@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,36 @@ def test_help_needs_no_torch_and_has_the_exit_codes(command):
     result = alone(*([command] if command else []), "--help")
     assert result.returncode == 0, result.stderr
     assert "Exit codes" in result.stdout and "130" in result.stdout
+
+
+# What an installer writes as bin/vdit: the package's own __init__ goes by the name of the script.
+SCRIPT = """
+import sys
+from vdit_ext.cli import main
+assert sys.argv[0].endswith("/vdit"), sys.argv
+try:
+    main()
+except SystemExit as end:
+    code = end.code
+assert "torch" not in sys.modules
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("generate", "--help"), ("--version",)])
+def test_the_console_script_answers_without_torch(tmp_path, arguments):
+    script = tmp_path / "vdit"
+    script.write_text(SCRIPT)
+    paths = os.pathsep.join([str(Path(vdit_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "vdit" in result.stdout
 
 
 def test_a_misspelt_method_is_refused_without_torch(tmp_path):

@@ -52,10 +52,10 @@ def compare(
     if out is not None:
         check_folder(out)
     request = options.request_for(prompt, seed, steps, guidance, model, size, frames)
-    given = {name: options.settings_for(name, top_p, keep_ratio, settings) for name in names}
+    given = options.settings_for(names, top_p, keep_ratio, settings)
     reporter = Reporter(quiet)
     sampler = options.load_sampler(model, dtype, device, reporter)
-    with refusing():
+    with refusing(ValueError, TypeError):
         request = sampler.resolve(request)
         chosen = [sampler.method(name, given[name]) for name in names if name != "dense"]
     runs = sample_all(sampler, request, chosen, reporter)
@@ -82,7 +82,7 @@ def sample_all(sampler: Sampler, request: Request, methods: list[Any], reporter:
     """The dense run, then one for each method, measured against it."""
     from ..compare import check_methods, run_dense, run_sparse
 
-    with refusing():
+    with refusing(ValueError, TypeError):
         check_methods(sampler, request, methods)
     with reporter.bars():
         sampler.warm_up(request)

@@ -99,10 +99,10 @@ def curve(
         for prompt in prompts or [options.EXAMPLE]
         for seed in _seeds(seeds)
     ]
-    given = {name: options.settings_for(name, None, None, settings) for name in names}
+    given = options.settings_for(names, None, None, settings)
     reporter = Reporter(quiet)
     sampler = options.load_sampler(model, dtype, device, reporter)
-    with refusing():
+    with refusing(ValueError, TypeError):
         requests = [sampler.resolve(request) for request in requests]
         chosen = [_variant(sampler, name, given[name], value) for name in names for value in values[name]]
     points = _measure(sampler, requests, chosen, reporter)
@@ -164,10 +164,13 @@ def _variant(sampler: Sampler, name: str, given: dict[str, Any], value: float) -
 def _measure(
     sampler: Sampler, requests: Sequence[Request], variants: Sequence[_Variant], reporter: Reporter
 ) -> list[Point]:
-    from ..compare import check_methods, run_dense, run_sparse
+    from ..compare import always_dense, check_methods, run_dense, run_sparse
 
-    with refusing():
+    with refusing(ValueError, TypeError):
         check_methods(sampler, requests[0], (variant.method for variant in variants))
+    for variant in variants:
+        if always_dense(sampler, requests[0], variant.method):
+            raise _all_dense(variant)
     results: dict[int, list[Run]] = {i: [] for i in range(len(variants))}
     with reporter.bars():
         sampler.warm_up(requests[0])
@@ -178,17 +181,23 @@ def _measure(
             dense = run_dense(sampler, request)
             tick(done := done + 1, total)
             for i, variant in enumerate(variants):
-                results[i].append(run_sparse(sampler, request, variant.method).against(dense))
+                with refusing():
+                    run = run_sparse(sampler, request, variant.method)
+                results[i].append(run.against(dense))
                 tick(done := done + 1, total)
     return [_point(variant, results[i]) for i, variant in enumerate(variants)]
 
 
+def _all_dense(variant: _Variant) -> Refusal:
+    return Refusal(
+        f"{variant.name}: at least one sparse step was expected, all are dense; raise --steps or lower "
+        "--set dense_step_fraction"
+    )
+
+
 def _point(variant: _Variant, runs: Sequence[Run]) -> Point:
-    if any(run.density is None for run in runs):
-        raise Refusal(
-            f"{variant.name}: at least one sparse step was expected, all were dense; raise --steps or lower "
-            "--set dense_step_fraction"
-        )
+    if any(run.density is None for run in runs):  # as where the timesteps decide, which only sampling shows
+        raise _all_dense(variant)
     finite = [run.quality.psnr for run in runs if not run.quality.identical]
     return Point(
         variant.name,

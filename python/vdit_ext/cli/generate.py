@@ -50,10 +50,10 @@ def generate(
     sheet = out.with_suffix(".png")
     check_file(out, ".mp4", sheet)
     request = options.request_for(prompt, seed, steps, guidance, model, size, frames)
-    given = options.settings_for(name, top_p, keep_ratio, settings)
+    given = options.settings_for([name], top_p, keep_ratio, settings)[name]
     reporter = Reporter(quiet)
     sampler = options.load_sampler(model, dtype, device, reporter)
-    with refusing():
+    with refusing(ValueError, TypeError):
         request = sampler.resolve(request)
         chosen = None if name == "dense" else sampler.method(name, given)
     run, dense = _sample(sampler, request, chosen, not no_compare, reporter)
@@ -72,7 +72,7 @@ def _sample(
     """The run that was asked for and the dense one, which is the same for the method "dense"."""
     from ..compare import check_methods, run_dense, run_sparse
 
-    with refusing():
+    with refusing(ValueError, TypeError):
         check_methods(sampler, request, [] if method is None else [method])
     with reporter.bars():
         sampler.warm_up(request)

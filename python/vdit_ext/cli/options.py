@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,20 +93,22 @@ def check_names(names: Iterable[str]) -> list[str]:
 
 
 def settings_for(
-    name: str, top_p: float | None, keep_ratio: float | None, assignments: list[str] | None
-) -> dict[str, Any]:
-    """The settings that a command line gives to one method.
+    names: Sequence[str], top_p: float | None, keep_ratio: float | None, assignments: list[str] | None
+) -> dict[str, dict[str, Any]]:
+    """The settings that a command line gives to each of the chosen methods.
 
     ``--top-p`` and ``--keep-ratio`` reach only the methods that have them, so that several can be compared at
-    once. ``name.key=value`` reaches the method of that name, ``key=value`` every one.
+    once. ``name.key=value`` reaches the method of that name, ``key=value`` every sparse one. What would reach
+    none of the chosen methods is a Refusal, not ignored.
     """
     from ..compare import keep_settings
 
-    settings: dict[str, Any] = {}
-    if top_p is not None and name == "svg2":
-        settings["top_p"] = top_p
+    settings: dict[str, dict[str, Any]] = {name: {} for name in names}
+    if top_p is not None:
+        _give(settings, "--top-p", {"svg2": {"top_p": top_p}})
     if keep_ratio is not None:
-        settings |= keep_settings(name, keep_ratio)
+        kept = {name: keep_settings(name, keep_ratio) for name in METHOD_NAMES}
+        _give(settings, "--keep-ratio (--density)", {name: given for name, given in kept.items() if given})
     for assignment in assignments or ():
         key, equals, value = assignment.partition("=")
         if not equals or not key or not value:
@@ -116,9 +118,29 @@ def settings_for(
             raise Refusal(
                 f"--set: one of {', '.join(METHOD_NAMES)} was expected before the dot, got {target!r}"
             )
-        if not dot or target == name:
-            settings[rest if dot else key] = value
+        takers = [name for name in names if name != "dense" and (not dot or name == target)]
+        if not takers:
+            raise Refusal(_reaches_none(names, target if dot else None, assignment))
+        for name in takers:
+            settings[name][rest if dot else key] = value
     return settings
+
+
+def _give(settings: dict[str, dict[str, Any]], option: str, offered: dict[str, dict[str, Any]]) -> None:
+    """Hand an option to the chosen methods that have it; a Refusal when none has."""
+    if not settings.keys() & offered.keys():
+        raise Refusal(
+            f"{option}: a method that has it was expected ({', '.join(offered)}), got {', '.join(settings)}; "
+            "choose another method or leave the option out"
+        )
+    for name in settings.keys() & offered.keys():
+        settings[name] |= offered[name]
+
+
+def _reaches_none(names: Sequence[str], target: str | None, assignment: str) -> str:
+    if target in (None, "dense"):
+        return f"--set: a setting of a sparse method was expected, dense has none, got {assignment!r}"
+    return f"--set: a chosen method was expected before the dot ({', '.join(names)}), got {assignment!r}"
 
 
 def request_for(
@@ -190,10 +212,13 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        kind = torch.device(device).type
+        kind, index = torch.device(device).type, torch.device(device).index
     except RuntimeError:
-        kind = "unknown"
+        kind, index = "unknown", None
     if kind not in ("cpu", "cuda"):
         raise Refusal(f"--device: cpu, cuda or cuda:N was expected, got {device!r}")
     if kind == "cuda" and not torch.cuda.is_available():
         raise Refusal(f"--device: {device} was asked for, torch sees no CUDA device; `vdit doctor` says why")
+    if kind == "cuda" and (index or 0) >= (count := torch.cuda.device_count()):
+        there = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise Refusal(f"--device: one of the CUDA devices here was expected ({there}), got {device!r}")

@@ -7,6 +7,8 @@ and the known colours, the thing's track is read off them, and its motion is nam
 """
 
 import json
+import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -237,6 +239,11 @@ def main(
         verdict = f"not {', '.join(missed)}" if missed else "ok"
         print(f"{done}/{total} {case['prompt']}: {verdict}", flush=True)
 
+    if record is not None:
+        _check_output("--record", record)
+    if picture is not None:
+        _check_output("--picture", picture)
+        image = _pillow(picture)
     folder = weights or WEIGHTS
     result, clips = evaluate(load_pipeline(folder=folder), prompts, seed, say, **sampling)
     result["weights_sha256"] = read_card(folder)["sha256"]
@@ -244,11 +251,36 @@ def main(
     if record is not None:
         record.write_text(json.dumps(result, indent=1) + "\n")
     if picture is not None:
-        import imageio.v3 as iio
-
         from .sheet import contact_sheet
 
-        iio.imwrite(picture, contact_sheet(clips))
+        image.fromarray(contact_sheet(clips)).save(picture)
+
+
+def _check_output(option: str, path: Path) -> None:
+    """End with exit code 2 and one sentence where a file cannot be written; called before any sampling."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            fits = not path.is_dir() and (not path.exists() or os.access(path, os.W_OK))
+    except OSError:
+        fits = False
+    if not fits:
+        _refuse(f"{option}: a file that can be written was expected, got {str(path)!r}; choose another path.")
+
+
+def _pillow(picture: Path):
+    """Pillow's Image module; ends with exit code 2 and one sentence for another suffix or without Pillow."""
+    if picture.suffix.lower() != ".png":
+        _refuse(f"--picture: a file name ending in .png was expected, got {str(picture)!r}.")
+    try:
+        from PIL import Image
+    except ModuleNotFoundError:
+        _refuse("--picture: pillow is expected, it is not installed; run `pip install 'vdit-ext[video]'`.")
+    return Image
+
+
+def _refuse(sentence: str):
+    typer.echo(sentence, err=True)
+    raise typer.Exit(2)
 
 
 if __name__ == "__main__":
