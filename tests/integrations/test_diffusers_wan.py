@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry  # noq
 from integrations.methods import Banded, ShareGated  # noqa: E402
 
 from vdit_ext.integrations import accelerate, explain, handle_of, load_pipeline  # noqa: E402
-from vdit_ext.sparse import SVG2, DraftAttention  # noqa: E402
+from vdit_ext.sparse import SVG1, SVG2, DraftAttention  # noqa: E402
 from vdit_ext.sparse.plan import TokenLayout  # noqa: E402
 
 TEXT = 12
@@ -823,6 +824,52 @@ def test_explain_lists_every_layer():
     assert explain(model)[0]["method"] == "dense"
 
 
+def test_explain_tells_what_ran():
+    """Steps that a policy made dense count as dense, though the method wanted them sparse."""
+    for policy, head_dim, want in [
+        ("dense", 12, ([0, 1, 2], [])),
+        ("reference", 12, ([0], [1, 2])),
+        ("error", 64, ([0], [1, 2])),
+    ]:
+        model = tiny_wan(head_dim=head_dim)
+        with accelerate(model, sparse=Banded(dense_steps=1), on_unsupported=policy) as handle:
+            for timestep in (900.0, 600.0, 600.0, 300.0):
+                run(model, **inputs(timestep=timestep))
+            for row in handle.explain():
+                assert (row["ran_dense"], row["ran_sparse"]) == want, policy
+
+
+def test_explain_tells_what_ran_when_only_one_call_falls_back():
+    """Gradients are seen only by the call, and no later call is recorded by an earlier one's answer."""
+    model, counter = tiny_wan(), Counter()
+    for compiled in (False, True):
+        with fresh_compiler(), accelerate(model, sparse=Banded(), on_unsupported="dense") as handle:
+            if compiled:
+                model.compile_repeated_blocks(fullgraph=True, backend=counter)
+            run(model, **inputs(timestep=900.0))
+            model(**inputs(timestep=600.0))
+            run(model, **inputs(timestep=300.0))
+            for row in handle.explain():
+                assert (row["ran_dense"], row["ran_sparse"]) == ([1], [0, 2]), compiled
+    assert counter.graphs > 0
+
+
+def test_explain_leaves_out_what_a_cache_answered():
+    pipe = tiny_pipeline()
+    with accelerate(pipe, sparse=Banded(dense_steps=1)) as handle:
+        pipe.transformer.enable_cache(
+            diffusers.PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=2,
+                spatial_attention_timestep_skip_range=(0, 1001),
+                current_timestep_callback=lambda: pipe.current_timestep,
+            )
+        )
+        sample(pipe, steps=6, guidance_scale=1.0)
+        for row in handle.explain():
+            assert len(row["ran_dense"]) + len(row["ran_sparse"]) == 3
+        pipe.transformer.disable_cache()
+
+
 def test_explain_without_a_method_or_steps():
     model = tiny_wan(layers=1)
     with accelerate(model):
@@ -915,6 +962,32 @@ def test_refuses_a_share_of_an_unknown_number_of_steps():
         pass
 
 
+@pytest.mark.parametrize("method", [SVG1(), SVG2(), DraftAttention()], ids=["svg1", "svg2", "draft"])
+def test_methods_without_a_shift_refuse_an_unknown_number_of_steps(method):
+    """Even where their first layer is dense in any step."""
+    model = tiny_wan()
+    before = snapshot(model)
+    with refused(
+        f"accelerate: {method.name} takes its dense steps as a share of all steps, whose number must be"
+    ):
+        accelerate(model, sparse=method)
+    assert_snapshot(model, before)
+    with accelerate(tiny_pipeline(), sparse=method), accelerate(model, sparse=method, num_inference_steps=4):
+        pass
+
+
+def test_a_given_shift_tells_the_dense_steps_of_a_transformer_alone():
+    model = tiny_wan(layers=1)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    scheduler.set_timesteps(sigmas=[1 - i / 10 for i in range(10)])
+    method = SVG2(num_q_clusters=2, num_k_clusters=3, iter_init=1, dense_step_fraction=0.2, flow_shift=5.0)
+    with accelerate(model, sparse=method) as handle:
+        for timestep in scheduler.timesteps:
+            run(model, **inputs((2, 2, 3), timestep=timestep))
+        row = handle.explain()[0]
+    assert (row["ran_dense"], row["ran_sparse"]) == ([0, 1], list(range(2, 10)))
+
+
 def test_refuses_a_head_dim():
     model, given = tiny_wan(head_dim=12), inputs()
     sentence = "blocks.0.attn1: head_dim must be a multiple of 8 up to 256 on cpu, got 12"
@@ -992,6 +1065,76 @@ def test_refuses_gradients():
         with accelerate(model, sparse=Banded(), on_unsupported=policy):
             model(**given)[0].sum().backward()
         assert_same(model.blocks[0].attn1.to_q.weight.grad, expected, 1e-3)
+
+
+@pytest.mark.parametrize("trained", ["to_q", "to_k", "to_v"])
+def test_refuses_gradients_of_one_projection(trained):
+    """As with a LoRA on it alone: the other two of query, key and value then ask for no gradient."""
+    attention = tiny_wan().requires_grad_(False).blocks[0].attn1
+    model_input = torch.randn(1, 72, 128)
+    getattr(attention, trained).weight.requires_grad_(True)
+    model = tiny_wan(layers=1).requires_grad_(False)
+    model.blocks[0].attn1 = attention
+    attention(model_input).sum().backward()
+    expected = getattr(attention, trained).weight.grad.clone()
+    for dense_steps in (0, 1):
+        method = Banded(dense_steps=dense_steps)
+        with accelerate(model, sparse=method), refused("gradients must not be asked for, call the model under"):
+            model(**inputs())
+        with accelerate(model, sparse=method):
+            run(model, **inputs())
+    for policy in ("dense", "reference"):
+        with accelerate(model, sparse=Banded(), on_unsupported=policy):
+            run(model, **inputs())  # sets the layout
+            attention.processor.dense = False
+            getattr(attention, trained).weight.grad = None
+            attention(model_input).sum().backward()
+        # The gradient of the sum with respect to q and k is small, a difference of large terms.
+        torch.testing.assert_close(getattr(attention, trained).weight.grad, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_reference_observes_dense_steps_in_fp32():
+    """The centroids that dense steps settle are those that the sparse steps go on from."""
+    settings = dict(num_q_clusters=4, num_k_clusters=6, iter_init=3, zero_step_kmeans_init=True)
+
+    class Watched(SVG2):
+        seen: ClassVar[list] = []
+
+        def observe(self, q, k, layout, state):
+            super().observe(q, k, layout, state)
+            self.seen.append(("observe", q.dtype, k.dtype, state.centroids["shared", "q"].dtype))
+
+        def plan(self, q, k, layout, state):
+            # Another dtype than the cache's would make the clustering start anew.
+            self.seen.append(("plan", q.dtype, k.dtype, state.centroids["shared", "q"].dtype))
+            return super().plan(q, k, layout, state)
+
+    model = tiny_wan(layers=1).double()
+    method = Watched(**settings, dense_step_fraction=0.5)
+    with accelerate(model, sparse=method, on_unsupported="reference", num_inference_steps=2) as handle:
+        for timestep in (900.0, 400.0):
+            given = inputs(timestep=timestep)
+            run(
+                model,
+                **{k: v.double() if torch.is_tensor(v) and k != "timestep" else v for k, v in given.items()},
+            )
+        assert handle.stats()["dense_calls"] == handle.stats()["sparse_calls"] == 1
+    assert method.seen == [(name, *[torch.float32] * 3) for name in ("observe", "plan")]
+
+
+def test_reference_observes_under_gradients():
+    model = tiny_wan(layers=1)
+    method = SVG2(num_q_clusters=4, num_k_clusters=6, iter_init=3, top_p=1.0, zero_step_kmeans_init=True)
+    expected = None
+    for sparse in (None, method):
+        model.zero_grad()
+        with accelerate(model, sparse=sparse, on_unsupported="reference", num_inference_steps=4):
+            for timestep in (900.0, 700.0, 500.0):
+                model(**inputs(timestep=timestep))[0].sum().backward()
+        found = model.blocks[0].attn1.to_v.weight.grad.clone()
+        if expected is not None:
+            assert_same(found, expected, 1e-3)
+        expected = found
 
 
 def test_refuses_foreign_keys():

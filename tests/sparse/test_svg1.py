@@ -8,6 +8,7 @@ from sparse.sparse_reference import count_graphs, masked_attention, tensors
 
 from vdit_ext import ops
 from vdit_ext.sparse import SHAPES, SVG1, SparseMethod, StepInfo, TokenLayout
+from vdit_ext.sparse.state import sample_rows
 from vdit_ext.sparse.svg1 import PRESETS, band_half_width, patch_major_order
 
 GRID = TokenLayout((6, 4, 5))
@@ -113,12 +114,29 @@ def test_full_density_is_dense():
 
 
 def test_samples_differ_from_call_to_call_and_repeat_after_reset():
-    method = SVG1(**SMALL)
+    seen = []
+
+    class Watched(SVG1):
+        def is_temporal(self, q, k, layout, rows, v):
+            seen.append(rows)
+            return super().is_temporal(q, k, layout, rows, v)
+
+    method = Watched(**SMALL)
+    q, k, v = tensors(1, 2, GRID.num_tokens, 16)
     state = method.new_state(2, 4)
-    first = torch.randint(1000, (8,), generator=state.generator)
-    assert not torch.equal(first, torch.randint(1000, (8,), generator=state.generator))
+    for _ in range(2):
+        method.plan(q, k, GRID, state, v)
     method.reset(state)
-    assert torch.equal(first, torch.randint(1000, (8,), generator=state.generator))
+    method.plan(q, k, GRID, state, v)
+    method.plan(q, k, GRID, method.new_state(3, 4), v)
+    Watched(**SMALL, seed=1).plan(q, k, GRID, Watched(**SMALL, seed=1).new_state(2, 4), v)
+    first, second, again, other_layer, other_seed = seen
+    assert first.shape == (64,) and int(first.min()) >= 0 and int(first.max()) < GRID.num_video
+    assert torch.equal(again, first)
+    for other in (second, other_layer, other_seed):
+        assert not torch.equal(other, first)
+    method.reset(state)
+    assert torch.equal(sample_rows(state.handle, 64, GRID.num_video), first)
 
 
 def test_presets_and_gate():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,9 +15,19 @@ from sparse.sparse_reference import count_graphs, expand_map, masked_attention, 
 
 from vdit_ext import ops
 from vdit_ext.ops.attention import block_mass_fractions
-from vdit_ext.sparse import SHAPES, SVG2, BlockPlan, SparseMethod, StepInfo, TokenLayout, begin_step
+from vdit_ext.sparse import (
+    SHAPES,
+    SVG1,
+    SVG2,
+    BlockPlan,
+    DraftAttention,
+    SparseMethod,
+    StepInfo,
+    TokenLayout,
+    begin_step,
+)
 from vdit_ext.sparse.flops import attention_flops, video_flops
-from vdit_ext.sparse.gate import count_dense_layers, count_dense_steps
+from vdit_ext.sparse.gate import count_dense_layers, count_dense_steps, flow_timesteps, is_dense_step
 from vdit_ext.sparse.kmeans import inertia, kmeans
 from vdit_ext.sparse.rope import apply_rope, layer_norm, rms_norm, rope_table
 from vdit_ext.sparse.scores import block_logits
@@ -426,6 +438,44 @@ def test_unknown_step_count_falls_back_to_the_timestep():
             timestep = 1000 * shift * noise / (1 + (shift - 1) * noise)
             assert method.is_dense(StepInfo(i, None, timestep, 4), 2) == (i < 15)
     assert not SVG2(dense_step_fraction=0.0).is_dense(StepInfo(0, None, 1000.0, 4), 0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 7.0, 12.0])
+@pytest.mark.parametrize("num_steps", [20, 30, 40, 50])
+def test_timestep_rule_equals_the_count_rule(num_steps, shift):
+    """Also for timesteps rounded to fp32, wherever ``fraction * num_steps`` is whole."""
+    times = flow_timesteps(num_steps, shift)
+    for count in range(num_steps + 1):
+        fraction = count / num_steps
+        for rounded in (np.float32, float):
+            infos = [StepInfo(i, None, float(rounded(t)), 4) for i, t in enumerate(times)]
+            dense = [is_dense_step(info, fraction, shift, "svg2") for info in infos]
+            assert dense == [i < count for i in range(num_steps)]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [SVG1(), SVG2(), DraftAttention(), SVG2(dense_layer_fraction=0.5)],
+    ids=["svg1", "svg2", "draft", "svg2_layers"],
+)
+def test_unknown_step_count_without_a_shift_is_refused(method):
+    sentence = f"{method.name} takes its dense steps as a share of all steps, whose number must be known: pass"
+    with pytest.raises(ValueError, match=sentence):
+        method.is_dense(StepInfo(0, None, 1000.0, 4), 3)
+    count = count_dense_steps(method.dense_step_fraction, 50)
+    assert [method.is_dense(StepInfo(i, 50, 999.0, 4), 3) for i in range(50)] == [i < count for i in range(50)]
+    assert not replace(method, dense_step_fraction=0.0).is_dense(StepInfo(0, None, 1000.0, 4), 3)
+    with pytest.raises(ValueError, match="flow_shift must be at least 0, got -1"):
+        replace(method, flow_shift=-1)
+
+
+def test_a_preset_counts_where_it_can_and_else_goes_by_its_shift():
+    times = flow_timesteps(50, 5)
+    for method in (SVG1.preset("wan2.1-14b-t2v-720p"), SVG2.preset("wan2.1-14b-t2v-720p")):
+        for i, timestep in enumerate(times):
+            assert method.is_dense(StepInfo(i, None, float(np.float32(timestep)), 40), 39) == (i < 15)
+            # The count wins over a timestep that says otherwise.
+            assert method.is_dense(StepInfo(i, 50, 1000 - timestep, 40), 39) == (i < 15)
 
 
 def test_more_clusters_than_tokens():

@@ -88,7 +88,7 @@ def accelerate(
             which a compiled block cannot contain, and which takes no mask.
         num_inference_steps: denoising steps of one video, at least 1. None takes it from the pipeline's
             scheduler. A transformer alone has none: methods that make a share of the steps dense then decide by
-            timestep, or refuse.
+            timestep if they were given ``flow_shift``, as their presets are, and refuse otherwise.
         collect_stats: count calls, density and FLOPs on the device; see :meth:`Handle.stats`.
 
     Returns:
@@ -120,8 +120,10 @@ def accelerate(
     for model in found.values():
         _check(model, sparse, on_unsupported)
         if sparse is not None and not is_pipeline:
-            # Methods that need the number of steps say so now, not in the first call.
-            is_dense(sparse, StepInfo(0, num_inference_steps, 1000.0, len(_attentions(model))), 0)
+            # Methods that need the number of steps say so now, not in the first call. The last layer is the
+            # least likely one to be dense in every step.
+            layers = len(_attentions(model))
+            is_dense(sparse, StepInfo(0, num_inference_steps, 1000.0, layers), layers - 1)
     counter = StepCounter(num_inference_steps, model_or_pipeline if is_pipeline else None)
     backend = _AttentionBackendRegistry.get_active_backend()[0]
     attached = [
@@ -253,7 +255,7 @@ class Handle:
             step numbers that are dense, as far as known before they run; ``backend`` of the other steps: "cpu"
             or "sm80" kernels, "naive" definition, or "upstream" attention; ``dtype``, ``heads``, ``head_dim``;
             ``reason``, a sentence; and ``ran_dense``, ``ran_sparse``, lists of the steps of the latest video
-            that were called so.
+            that ran so, those that ``on_unsupported="dense"`` made dense among the former.
         """
         return Explanation(self._row(one, i) for one in self._attached for i in range(len(one.layers)))
 

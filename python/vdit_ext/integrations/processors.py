@@ -118,6 +118,8 @@ class SparseProcessor:
         stats: fp64 ``[5]`` counters on the query's device, or None when nothing is counted.
         device_gap: why the device cannot run the kernels, None when it can; written by the root hook.
         reason: why the last call did not get the kernels, None when it did.
+        ran_dense: whether the last call was dense, by the method or by ``on_unsupported``; None before it,
+            which the root hook writes.
     """
 
     # diffusers writes to both: set_attention_backend to the first, enable_parallelism to the second.
@@ -134,6 +136,7 @@ class SparseProcessor:
         self.stats: Tensor | None = None
         self.device_gap: str | None = None
         self.reason: str | None = None
+        self.ran_dense: bool | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Self-attention on ``[B, S, H, D]`` tensors after norm and rotary embedding; returns the same shape.
@@ -141,16 +144,20 @@ class SparseProcessor:
         Raises:
             ValueError: a sentence, when the kernels cannot serve the call and ``on_unsupported`` is "error".
         """
-        policy = self.refuse(query, value, mask)
+        policy = self.refuse(query, key, value, mask)
         if self.method is None or policy == "dense":
             return self.attend_dense(query, key, value, mask)
         # Autocast norms are fp32; upstream's attention would narrow q and k again, as is done here.
         q, k = query.to(value.dtype).transpose(1, 2), key.to(value.dtype).transpose(1, 2)  # [b, h, s, d] views
         v = value.transpose(1, 2)
         if self.dense:
-            if self.method.observes_dense_steps and self.state is not None and policy != "reference":
-                self.method.observe(q, k, self.layout, self.state)
+            if self.method.observes_dense_steps and self.state is not None:
+                if policy == "reference":
+                    self.method.observe(q.float(), k.float(), self.layout, self.state)
+                else:
+                    self.method.observe(q, k, self.layout, self.state)
             return self.attend_dense(query, key, value, mask)
+        self.ran_dense = False
         if policy == "reference":
             plan = self.plan(q.float(), k.float(), v.float())
             out = attend_naive(plan, q, k, v)
@@ -168,6 +175,7 @@ class SparseProcessor:
 
     def attend_dense(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Upstream's own attention, bit for bit, on ``[B, S, H, D]`` tensors."""
+        self.ran_dense = True
         self.count(query.transpose(1, 2), None)
         return dispatch_attention_fn(
             query,
@@ -180,7 +188,7 @@ class SparseProcessor:
             parallel_config=None,
         )
 
-    def refuse(self, query: Tensor, value: Tensor, mask: Tensor | None) -> str:
+    def refuse(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str:
         """The word "kernel", or the policy where the kernels cannot serve this call; "error" raises."""
         if self.method is None:
             return "kernel"
@@ -188,7 +196,7 @@ class SparseProcessor:
             gap = f"attention_mask must be None for sparse attention, got a mask of shape {list(mask.shape)}"
         else:
             gap = self.device_gap or kernel_gap(value.shape[-1], value.dtype, value.device.type)
-            if gap is None and query.requires_grad:
+            if gap is None and (query.requires_grad or key.requires_grad or value.requires_grad):
                 gap = "gradients must not be asked for, call the model under torch.no_grad()"
         self.reason = gap
         if gap is None:

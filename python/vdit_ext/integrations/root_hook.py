@@ -13,6 +13,7 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import HookRegistry, StateManager
 from torch import Tensor, nn
 
+from ..sparse.gate import unknown_steps
 from ..sparse.plan import SparseMethod, StepInfo, TokenLayout, begin_step
 from .processors import SparseProcessor, device_gap
 
@@ -218,6 +219,12 @@ class RootHook(ModelHook):
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         if self.token_order is not None:
             self.token_order.set(None)
+        for layer in self.layers:
+            if layer.processor.ran_dense is None:
+                continue  # a cache answered for it
+            steps = layer.dense_steps if layer.processor.ran_dense else layer.sparse_steps
+            if not steps or steps[-1] != self.counter.step:
+                steps.append(self.counter.step)
         return output
 
     def reset_state(self, module: nn.Module) -> nn.Module:
@@ -303,13 +310,11 @@ class RootHook(ModelHook):
             processor = layer.processor
             processor.dense, processor.layout, processor.state = layer_dense, layout, state
             processor.device_gap = gap
+            processor.ran_dense = None
             if hasattr(state, "tokens_permuted"):
                 state.tokens_permuted = order is not None
             if self.collect_stats:
                 self._prepare_stats(module, layer, device)
-            steps = layer.dense_steps if layer_dense else layer.sparse_steps
-            if not steps or steps[-1] != self.counter.step:
-                steps.append(self.counter.step)
 
     def _prepare_stats(self, module: nn.Module, layer: Layer, device: torch.device) -> None:
         if getattr(module, "hf_device_map", None) is not None:
@@ -342,10 +347,7 @@ def is_dense(method: SparseMethod, info: StepInfo, layer: int) -> bool:
     except TypeError as error:
         if info.num_steps is not None:
             raise
-        raise ValueError(
-            f"vdit_ext.accelerate: {method.name} takes its dense steps as a share of all steps, whose number "
-            "must be known: pass num_inference_steps, or the pipeline instead of its transformer"
-        ) from error
+        raise unknown_steps(method.name) from error
 
 
 def _argument_names(model_class: type) -> list[str]:

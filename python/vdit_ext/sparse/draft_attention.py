@@ -44,7 +44,7 @@ class DraftAttention:
             shipped code's rule.
         dense_layers: the first so many layers run dense.
         flow_shift: shift of the scheduler, at least 0, used only where steps are counted and their number is
-            unknown.
+            unknown: it then tells by the timestep which steps are dense. None: :meth:`is_dense` raises there.
 
     Raises:
         ValueError: one sentence, when a setting is out of range.
@@ -66,13 +66,14 @@ class DraftAttention:
     dense_step_fraction: float = 0.25
     dense_above: float | None = None
     dense_layers: int = 1
-    flow_shift: float = 1.0
+    flow_shift: float | None = None
 
     def __post_init__(self) -> None:
         require_range("DraftAttention", "sparsity", self.sparsity, 0, 1)
         require_range("DraftAttention", "dense_step_fraction", self.dense_step_fraction, 0, 1)
         require_range("DraftAttention", "dense_layers", self.dense_layers, 0, math.inf)
-        require_range("DraftAttention", "flow_shift", self.flow_shift, 0, math.inf)
+        if self.flow_shift is not None:
+            require_range("DraftAttention", "flow_shift", self.flow_shift, 0, math.inf)
         require_choice("DraftAttention", "score", self.score, ("probability", "logit"))
         require_choice("DraftAttention", "parity", self.parity, ("exact", "code"))
         require_choice("DraftAttention", "budget", self.budget, ("head", "all_heads"))
@@ -97,12 +98,17 @@ class DraftAttention:
         return cls(**preset_settings("DraftAttention", PRESETS, model, kind))
 
     def is_dense(self, info: StepInfo, layer: int) -> bool:
-        """Whether this layer runs dense attention at this step (section 4, Gate). Host-side."""
+        """Whether this layer runs dense attention at this step (section 4, Gate). Host-side.
+
+        Raises:
+            ValueError: one sentence, when a share of the steps is dense and neither their number nor
+                ``flow_shift`` is known.
+        """
         if layer < self.dense_layers:
             return True
         if self.dense_above is not None:
             return info.timestep > self.dense_above
-        return is_dense_step(info, self.dense_step_fraction, self.flow_shift)
+        return is_dense_step(info, self.dense_step_fraction, self.flow_shift, self.name)
 
     def new_state(self, layer: int, num_layers: int) -> LayerState:
         """State of one attention layer; it holds only the density log and ``tokens_permuted``."""

@@ -8,6 +8,8 @@ from .plan import StepInfo
 
 # Fractions such as 0.35 have no exact binary form: 0.29 * 100 is 28.999999999999996.
 _ROUNDING = 1e-9
+# Models take timesteps in fp32, which may be half a unit in the last place above the exact value.
+_TIMESTEP_SLACK = 1e-6
 
 
 def count_dense_steps(fraction: float, num_steps: int) -> int:
@@ -31,16 +33,32 @@ def flow_timesteps(num_steps: int, shift: float) -> list[float]:
     return [flow_timestep(1 - i / num_steps, shift) for i in range(num_steps)]
 
 
-def is_dense_step(info: StepInfo, fraction: float, shift: float) -> bool:
+def is_dense_step(info: StepInfo, fraction: float, shift: float | None, method: str) -> bool:
     """Whether a step belongs to the dense warm-up.
 
     The rule counts steps. Where nobody said how many there will be, it compares the timestep with the one that
     a flow-matching schedule of this shift reaches after ``fraction`` of its steps, which agrees with the count
     whenever ``fraction * num_steps`` is whole.
+
+    Raises:
+        ValueError: one sentence that names ``method``, when neither the number of steps nor the shift is known
+            and ``fraction`` is above 0.
     """
     if info.num_steps is not None:
         return info.step < count_dense_steps(fraction, info.num_steps)
-    return fraction > 0 and info.timestep > flow_timestep(1 - fraction, shift)
+    if fraction <= 0:
+        return False
+    if shift is None:
+        raise unknown_steps(method)
+    return info.timestep > flow_timestep(1 - fraction, shift) * (1 + _TIMESTEP_SLACK)
+
+
+def unknown_steps(method: str) -> ValueError:
+    """The error of a method that must know the number of steps and does not."""
+    return ValueError(
+        f"vdit_ext.accelerate: {method} takes its dense steps as a share of all steps, whose number must be "
+        "known: pass num_inference_steps, or the pipeline instead of its transformer"
+    )
 
 
 def require_range(who: str, name: str, value: float, low: float, high: float) -> None:

@@ -60,15 +60,17 @@ class SVG1:
     dense_layer_fraction: float = 0.03
     dense_layer_rounding: str = "floor"
     seed: int = 0
-    flow_shift: float = 1.0
+    flow_shift: float | None = None
 
     def __post_init__(self) -> None:
         for field in ("density", "dense_step_fraction", "dense_layer_fraction"):
             require_range("SVG1", field, getattr(self, field), 0, 1)
         for field in ("num_samples", "block_size"):
             require_range("SVG1", field, getattr(self, field), 1, math.inf)
-        for field in ("seed", "flow_shift", "profile_frames"):
+        for field in ("seed", "profile_frames"):
             require_range("SVG1", field, getattr(self, field), 0, math.inf)
+        if self.flow_shift is not None:
+            require_range("SVG1", "flow_shift", self.flow_shift, 0, math.inf)
         require_choice("SVG1", "rounding", self.rounding, ("ceil", "floor"))
         require_choice("SVG1", "dense_layer_rounding", self.dense_layer_rounding, ("floor", "ceil"))
 
@@ -82,9 +84,16 @@ class SVG1:
         return cls(**preset_settings("SVG1", PRESETS, model, kind))
 
     def is_dense(self, info: StepInfo, layer: int) -> bool:
-        """Whether this layer runs dense attention at this step. Host-side."""
+        """Whether this layer runs dense attention at this step. Host-side.
+
+        Raises:
+            ValueError: one sentence, when a share of the steps is dense and neither their number nor
+                ``flow_shift`` is known.
+        """
         dense_layers = count_dense_layers(self.dense_layer_fraction, info.num_layers, self.dense_layer_rounding)
-        return layer < dense_layers or is_dense_step(info, self.dense_step_fraction, self.flow_shift)
+        if layer < dense_layers:
+            return True
+        return is_dense_step(info, self.dense_step_fraction, self.flow_shift, self.name)
 
     def new_state(self, layer: int, num_layers: int) -> SampleState:
         """State of one attention layer: the generator of its sampled rows and a density log."""

@@ -40,7 +40,8 @@ class SVG2:
         cfg_cache: "shared" centroids for both guidance branches, as the authors intend, or "per_branch".
         tolerance: stop Lloyd early when no centroid moved farther; reads back from the device. None: never.
         seed: of the initial rows, 0 or more.
-        flow_shift: shift of the scheduler, at least 0, used only where the number of steps is unknown.
+        flow_shift: shift of the scheduler, at least 0, used only where the number of steps is unknown: it then
+            tells by the timestep which steps are dense. None: :meth:`is_dense` raises there.
 
     The centroid cache starts anew on :meth:`reset`, and by itself when q's or k's shape, dtype or device
     changes. :meth:`begin_step` resets when a new video begins.
@@ -65,15 +66,16 @@ class SVG2:
     cfg_cache: str = "shared"
     tolerance: float | None = None
     seed: int = 0
-    flow_shift: float = 1.0
+    flow_shift: float | None = None
 
     def __post_init__(self) -> None:
         for field in ("top_p", "min_kc_ratio", "dense_step_fraction", "dense_layer_fraction"):
             require_range("SVG2", field, getattr(self, field), 0, 1)
         for field in ("num_q_clusters", "num_k_clusters", "iter_init", "iter_step"):
             require_range("SVG2", field, getattr(self, field), 1, float("inf"))
-        for field in ("seed", "flow_shift"):
-            require_range("SVG2", field, getattr(self, field), 0, float("inf"))
+        require_range("SVG2", "seed", self.seed, 0, float("inf"))
+        if self.flow_shift is not None:
+            require_range("SVG2", "flow_shift", self.flow_shift, 0, float("inf"))
         require_choice("SVG2", "dense_layer_rounding", self.dense_layer_rounding, ("floor", "ceil"))
         require_choice("SVG2", "init", self.init, INITS)
         require_choice("SVG2", "cfg_cache", self.cfg_cache, ("shared", "per_branch"))
@@ -99,9 +101,16 @@ class SVG2:
         return self.zero_step_kmeans_init
 
     def is_dense(self, info: StepInfo, layer: int) -> bool:
-        """Whether this layer runs dense attention at this step (section 4.1). Host-side."""
+        """Whether this layer runs dense attention at this step (section 4.1). Host-side.
+
+        Raises:
+            ValueError: one sentence, when a share of the steps is dense and neither their number nor
+                ``flow_shift`` is known.
+        """
         dense_layers = count_dense_layers(self.dense_layer_fraction, info.num_layers, self.dense_layer_rounding)
-        return layer < dense_layers or is_dense_step(info, self.dense_step_fraction, self.flow_shift)
+        if layer < dense_layers:
+            return True
+        return is_dense_step(info, self.dense_step_fraction, self.flow_shift, self.name)
 
     def new_state(self, layer: int, num_layers: int) -> ClusterState:
         """Fresh state for one attention layer: empty centroid caches and a density log."""
