@@ -59,7 +59,7 @@ def test_json_is_one_object_with_the_documented_keys(vdit, tmp_path):
     assert set(record) == KEYS
     assert 0 < record["density"] <= 1 and record["density"] <= record["density_overall"] <= 1
     assert record["psnr"] > 10 and 0 < record["ssim"] <= 1 and record["identical"] is False
-    assert record["settings"]["num_q_clusters"] == 32
+    assert record["settings"]["num_q_clusters"] == 64
     assert (record["frames"], record["height"], record["width"]) == (FRAMES, SIZE, SIZE)
 
 
