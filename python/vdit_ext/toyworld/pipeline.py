@@ -15,8 +15,8 @@ from . import captions, codec, model, scene, text
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 NAME = "toy_t2v"
-DEFAULT_STEPS = 20
-DEFAULT_GUIDANCE = 2.0
+DEFAULT_STEPS = 16
+DEFAULT_GUIDANCE = 4.0
 FLOW_SHIFT = 12.0  # as in training: scenes are decided at high noise, where most steps should fall
 # Below this noise level the scene is decided; leaning on the prompt there only draws halos.
 GUIDED_ABOVE = 0.8
