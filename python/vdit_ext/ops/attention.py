@@ -492,6 +492,8 @@ def topp_blocks_naive(
     before = mass.gather(-1, order).cumsum(-1) - mass.gather(-1, order)
     rank = torch.arange(scores.shape[-1], device=scores.device)
     keep_sorted = (before <= p) | (rank < max(1, min_blocks))
+    # A row without any mass has nothing to cross: only the least number is kept.
+    keep_sorted &= (mass.sum(-1, keepdim=True) > 0) | (rank < max(1, min_blocks))
     # The prefix ends at the crossing block; rounding must not let a later one back in.
     keep_sorted = keep_sorted.int().cummin(-1).values.bool()
     return lists_from_mask(torch.zeros_like(keep_sorted).scatter(-1, order, keep_sorted))
