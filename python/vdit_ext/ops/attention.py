@@ -16,6 +16,16 @@ _OPS = getattr(torch.ops, NAMESPACE)
 HEAD_DIMS_CUDA = (64, 96, 128)
 
 
+def _same_device(op: str, first: Tensor, **others: Tensor | None) -> None:
+    """What the kernels check, for the fakes: torch calls a fake when any tensor is on the meta device."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise RuntimeError(
+                f"vdit::{op}: {name} must be on {first.device} like the first argument, got {tensor.device}; "
+                "move it there"
+            )
+
+
 # ---------------------------------------------------------------------------------------------------------
 # block_sparse_attention
 # ---------------------------------------------------------------------------------------------------------
@@ -97,6 +107,16 @@ def _(
     kv_block_size=128,
     scale=None,
 ):
+    _same_device(
+        "block_sparse_attention",
+        q,
+        k=k,
+        v=v,
+        kv_num_blocks=kv_num_blocks,
+        kv_indices=kv_indices,
+        q_offsets=q_offsets,
+        kv_offsets=kv_offsets,
+    )
     return empty_like_query(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -168,6 +188,7 @@ def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> t
 
 @torch.library.register_fake(f"{NAMESPACE}::merge_attention")
 def _(out1, lse1, out2, lse2):
+    _same_device("merge_attention", out1, lse1=lse1, out2=out2, lse2=lse2)
     return empty_like_query(out1), lse1.new_empty(lse1.shape)
 
 
@@ -202,6 +223,7 @@ def permute_rows(x: Tensor, index: Tensor) -> Tensor:
 
 @torch.library.register_fake(f"{NAMESPACE}::permute_rows")
 def _(x, index):
+    _same_device("permute_rows", x, index=index)
     return x.new_empty(x.shape[0], x.shape[1], index.shape[2], x.shape[3])
 
 
@@ -227,6 +249,7 @@ def unpermute_rows(x: Tensor, index: Tensor) -> Tensor:
 
 @torch.library.register_fake(f"{NAMESPACE}::unpermute_rows")
 def _(x, index):
+    _same_device("unpermute_rows", x, index=index)
     b, h, s, d = x.shape
     return x.new_empty(b, s, h, d).transpose(1, 2)
 
@@ -264,6 +287,7 @@ def num_blocks(offsets: Tensor | None, block_size: int, length: int) -> int:
 
 @torch.library.register_fake(f"{NAMESPACE}::mean_pool_blocks")
 def _(x, *, offsets=None, block_size=128):
+    _same_device("mean_pool_blocks", x, offsets=offsets)
     b, h, s, d = x.shape
     return x.new_empty(b, h, num_blocks(offsets, block_size, s), d, dtype=torch.float32)
 
@@ -301,6 +325,7 @@ def kmeans_assign(x: Tensor, centroids: Tensor) -> Tensor:
 
 @torch.library.register_fake(f"{NAMESPACE}::kmeans_assign")
 def _(x, centroids):
+    _same_device("kmeans_assign", x, centroids=centroids)
     return x.new_empty(x.shape[:3], dtype=torch.int32)
 
 
@@ -355,6 +380,7 @@ def segment_mean(x: Tensor, sorted_idx: Tensor, offsets: Tensor, fallback: Tenso
 
 @torch.library.register_fake(f"{NAMESPACE}::segment_mean")
 def _(x, sorted_idx, offsets, fallback):
+    _same_device("segment_mean", x, sorted_idx=sorted_idx, offsets=offsets, fallback=fallback)
     return fallback.new_empty(fallback.shape)
 
 
@@ -470,6 +496,7 @@ def topp_blocks(
 
 @torch.library.register_fake(f"{NAMESPACE}::topp_blocks")
 def _(scores, p, *, weights=None, min_blocks=1):
+    _same_device("topp_blocks", scores, weights=weights)
     return _fake_lists(scores)
 
 
