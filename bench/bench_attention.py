@@ -18,16 +18,7 @@ from vdit_ext.ops import attention as defs
 from vdit_ext.testing import TOLERANCE, assert_close
 
 OPS = (
-    "block_sparse_attention",
-    "merge_attention",
-    "permute_rows",
-    "unpermute_rows",
-    "mean_pool_blocks",
-    "kmeans_assign",
-    "label_sort",
-    "segment_mean",
-    "topk_blocks",
-    "topp_blocks",
+    *cases.OPS,
     "svg2",
 )
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

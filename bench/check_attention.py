@@ -13,16 +13,7 @@ from vdit_ext.ops import attention as defs
 from vdit_ext.testing import TOLERANCE, assert_close, generator
 
 OPS = (
-    "block_sparse_attention",
-    "merge_attention",
-    "permute_rows",
-    "unpermute_rows",
-    "mean_pool_blocks",
-    "kmeans_assign",
-    "label_sort",
-    "segment_mean",
-    "topk_blocks",
-    "topp_blocks",
+    *cases.OPS,
     "cuda_graph",
     "stream",
 )
