@@ -176,8 +176,20 @@ def attention_case(case, q, k, v, made, group: Group, dense_names: list[str], ar
         sizes={
             "batch": q.shape[0], "heads": q.shape[1], "seqlen_q": q.shape[2], "seqlen_kv": k.shape[2],
             "head_dim": q.shape[3], "q_block": case.q_block, "kv_block": case.kv_block, "density": density,
+            "tile": cuda_tile(q, kwargs) if group.device == "cuda" else None,
         },
     )  # fmt: skip
+
+
+def cuda_tile(q: Tensor, kwargs: dict) -> str:
+    """The tile that our kernel runs, in words."""
+    from vdit_ext import _C
+
+    if (offsets := kwargs.get("q_offsets")) is not None:
+        blocks = {"num_q_clusters": offsets.shape[2] - 1}
+    else:
+        blocks = {"q_block_size": kwargs["q_block_size"]}
+    return _C.attention_tile(q.shape[3], q.shape[2], **blocks)["text"]
 
 
 def sparse_peers(case, q, k, v, made, group: Group, check, args) -> list[Peer]:

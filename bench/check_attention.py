@@ -10,10 +10,12 @@ from torch import Tensor
 
 import vdit_ext
 from vdit_ext.ops import attention as defs
+from vdit_ext.sparse import SVG1, SVG2, DraftAttention, TokenLayout
 from vdit_ext.testing import TOLERANCE, assert_close, generator
 
 OPS = (
     *cases.OPS,
+    "plan",
     "cuda_graph",
     "stream",
 )
@@ -48,8 +50,8 @@ class Backend:
         return getattr(defs, f"{op}_naive")(*args, **kwargs)
 
     def run(self, op: str, *args, **kwargs):
-        moved = [a.to(self.device) if isinstance(a, Tensor) else a for a in args]
-        named = {n: a.to(self.device) if isinstance(a, Tensor) else a for n, a in kwargs.items()}
+        moved = [cases.as_it_lies(a, self.device) if isinstance(a, Tensor) else a for a in args]
+        named = {n: cases.as_it_lies(a, self.device) if isinstance(a, Tensor) else a for n, a in kwargs.items()}
         return getattr(self.ops, op)(*moved, **named)
 
     def synchronize(self) -> None:
@@ -111,7 +113,7 @@ def check_attention(backend: Backend, case, dtype) -> None:
     inputs = cases.make_attention(case, dtype)
     out, lse = backend.run("block_sparse_attention", *inputs.args, **inputs.kwargs)
     assert out.dtype == dtype and lse.dtype == torch.float32, f"dtypes are {out.dtype} and {lse.dtype}"
-    scale = case.scale or case.head_dim**-0.5
+    scale = case.head_dim**-0.5 if case.scale is None else abs(case.scale)
     logits = (inputs.q.float() @ inputs.k.float().transpose(-1, -2)).abs().max() if inputs.q.numel() else 0.0
     tolerance = TOLERANCE[dtype] + float(logits) * scale * 2**-23
     expected = [("CPU", backend.expected("block_sparse_attention", *inputs.args, **inputs.kwargs))]
@@ -377,8 +379,43 @@ def check_topp(backend: Backend, shape, p: float, weighted: bool) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What only a GPU has: graphs and streams
+# What only a GPU has: work that runs behind the host, graphs and streams
 # ---------------------------------------------------------------------------------------------------------
+
+
+def plan_cases(backend: Backend, large: bool) -> Iterator[Named]:
+    if backend.name != "cuda":
+        return
+    for text in (0, 20):
+        layout = TokenLayout((4, 12, 20), text, 7 if text else None)
+        for name, method in (
+            ("svg2", SVG2(num_q_clusters=20, num_k_clusters=50, iter_init=4)),
+            ("draft", DraftAttention(tile=(4, 4))),
+            ("draft code ragged", DraftAttention(tile=(5, 7), parity="code", same_frame=True)),
+            ("svg1", SVG1(block_size=64, num_samples=16)),
+        ):
+            yield (
+                f"{name} waits for nothing, {text} text tokens",
+                lambda m=method, t=layout: check_no_wait(m, t),
+            )
+
+
+def check_no_wait(method, layout) -> None:
+    """A warm plan never waits for the device: torch raises where it would."""
+    q, k, v = (rows(1, 2, layout.num_tokens, 64, seed=s, dtype=torch.bfloat16).to("cuda") for s in (0, 1, 2))
+    values = {"v": v} if getattr(method, "wants_values", False) else {}
+    state = method.new_state(0, 1)
+    for _ in range(2):
+        method.plan(q, k, layout, state, **values)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            plan = method.plan(q, k, layout, state, **values)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    plan.validate(layout.num_tokens, layout.num_tokens)
+    assert bool(plan.attend(q, k, v)[0].isfinite().all()), "the output is not finite"
 
 
 def whole_plan(backend: Backend):

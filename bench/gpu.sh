@@ -134,6 +134,13 @@ for family in "${CHECKS[@]}"; do
   stage "check_$family" 200 "$python" bench/check_cuda.py --family "$family" --large --seconds 190 --out "$out/check_$family.json"
 done
 
+# The kernels for compute capability 9.0 run on request until they have passed here.
+sm90=0
+if [ "$usable" = 1 ] && [[ ${arch:-$(gpu_arch)} == 90* ]]; then
+  VDIT_ATTENTION_KERNEL=sm90 stage check_attention_sm90 100 "$python" bench/check_cuda.py --family attention \
+    --op block_sparse_attention --seconds 90 --out "$out/check_attention_sm90.json" && sm90=1
+fi
+
 # --- timings: "name limit arguments of bench/run.py" ---
 TIMINGS=(
   "attention-moderate 100 attention --ops block_sparse_attention --seqlen 8192 --heads 8 --seconds 3 --flex-seconds 30"
@@ -150,6 +157,14 @@ for line in "${TIMINGS[@]}"; do
   # shellcheck disable=SC2086  # the arguments are words
   stage "$name" "$limit" "$python" bench/run.py $arguments --device cuda --out "$out" --name "${date}_gpu_$name"
 done
+if [ "$sm90" = 1 ]; then
+  export VDIT_ATTENTION_KERNEL=sm90
+  for line in "${TIMINGS[@]:0:3}"; do  # attention alone
+    read -r name limit arguments <<< "$line"
+    # shellcheck disable=SC2086
+    stage "$name-sm90" "$limit" "$python" bench/run.py $arguments --device cuda --out "$out" --name "${date}_gpu_$name-sm90"
+  done
+fi
 [ "$dry_run" = 1 ] && exit 0
 
 summary() {

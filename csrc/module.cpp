@@ -2,6 +2,7 @@
 // to a Python version.
 #include <pybind11/pybind11.h>
 
+#include "attention/tile.h"
 #include "common/cpu/isa.h"
 
 namespace py = pybind11;
@@ -38,14 +39,43 @@ py::dict build_info() {
   return info;
 }
 
+py::dict attention_tile(int32_t head_dim, int64_t seqlen_q, int32_t q_block_size, int64_t num_q_clusters) {
+  vdit::BlockSparseAttentionParams p;
+  int32_t const offsets = 0;  // only whether there are any matters
+  p.head_dim = head_dim;
+  p.seqlen_q = seqlen_q;
+  p.q_block_size = q_block_size;
+  p.num_q_blocks = num_q_clusters;
+  p.q_offsets = num_q_clusters > 0 ? &offsets : nullptr;
+  vdit::AttentionTile const tile = vdit::pick_tile(p);
+  py::dict found;
+  found["block_m"] = tile.block_m;
+  found["block_n"] = tile.block_n;
+  found["stages"] = tile.stages;
+  found["threads"] = tile.threads();
+  found["smem_bytes"] = tile.smem_bytes();
+  found["text"] = tile.to_string();
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Host-side facts of vdit_ext: build info and the CPU instruction set in use.";
-  m.def("build_info", &build_info,
-        "What this build was made with: version, op_namespace, compiler, build_type, torch_headers, cuda (None "
-        "when built without nvcc), cuda_archs, cutlass.");
+  m.doc() = "Host-side facts of vdit_ext: build info, the CPU instruction set in use, kernel choice.";
+  m.def(
+      "build_info", &build_info,
+      "What this build was made with: version, op_namespace, compiler, build_type, torch_headers, cuda (None "
+      "when built without nvcc), cuda_archs, cutlass.");
   m.def("cpu_isa", &vdit::cpu_isa,
         "Instruction set of the CPU kernels: portable, avx2, avx512 or avx512_bf16. Raises RuntimeError when "
         "VDIT_CPU_ISA names one that is unknown or not supported here.");
+  m.def("attention_tile", &attention_tile, py::arg("head_dim"), py::arg("seqlen_q"), py::kw_only(),
+        py::arg("q_block_size") = 128, py::arg("num_q_clusters") = 0,
+        "The tile that block_sparse_attention runs on CUDA for uniform query blocks of q_block_size rows, "
+        "or, where "
+        "num_q_clusters is not 0, for that many of any size: block_m query rows, block_n key rows a step, "
+        "stages, "
+        "threads, smem_bytes, and text, all of it in words. Raises RuntimeError for a head_dim other than "
+        "64, 96 or "
+        "128.");
 }

@@ -43,7 +43,7 @@ def build_emulator(sanitize: str = "") -> Path:
     """
     try:
         import pybind11
-        from emu.toolchain import cuda_include_dirs
+        from emu_toolchain import cuda_include_dirs
     except ImportError as error:
         raise EmulatorUnavailable(f'{error.name} is not installed; pip install ".[test]"') from error
     includes = cuda_include_dirs()

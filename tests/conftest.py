@@ -50,13 +50,23 @@ def emulator() -> Backend:
     return Backend("emu", "cpu", "vdit_emu")
 
 
-@pytest.fixture(params=["cpu", "emu", "cuda"], scope="session")
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        # A test module that has kernels for compute capability 9.0 of its own says so with BACKENDS.
+        names = getattr(metafunc.module, "BACKENDS", ("cpu", "emu", "cuda"))
+        metafunc.parametrize("backend", names, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def backend(request) -> Backend:
     """Each place where an op can run here."""
     if request.param == "cpu":
         return Backend("cpu", "cpu", "vdit")
     if request.param == "emu":
         return request.getfixturevalue("emulator")
+    if request.param == "emu_sm90":  # the same library: its ops as on a GPU of compute capability 9.0
+        request.getfixturevalue("emulator")
+        return Backend("emu_sm90", "cpu", "vdit_emu_sm90")
     if not torch.cuda.is_available():
         pytest.skip("cuda: no GPU on this machine")
     if vdit_ext.ops.LIBRARIES["cuda"] != "loaded":

@@ -22,12 +22,6 @@ struct QueryTile {
   int32_t rows = 0;   // 0: nothing to do
 };
 
-// Number of tiles a launch must have, at most.
-inline int64_t max_query_tiles(BlockSparseAttentionParams const& p, int block_m) {
-  if (p.q_offsets != nullptr) return p.seqlen_q / block_m + p.num_q_blocks + 1;
-  return p.num_q_blocks * ((p.q_block_size + block_m - 1) / block_m);
-}
-
 // Tile -> rows. With offsets, block i is given the tiles from offsets[i] / kBlockM + i on. That leaves it
 // offsets[i+1] / kBlockM - offsets[i] / kBlockM + 1 of them, never fewer than it needs, so that a binary
 // search over the offsets replaces a prefix sum over the blocks; a tile that is not needed ends at once.
@@ -109,12 +103,7 @@ struct RowStream {
         begin = static_cast<int32_t>(first), rows = static_cast<int32_t>(last - first);
       }
     }
-    int32_t upto = rows;
-    CUTE_UNROLL
-    for (int step = 1; step < 32; step *= 2) {
-      int32_t const below = shfl_up(upto, step);
-      if (lane_idx() >= step) upto += below;
-    }
+    int32_t const upto = warp_prefix_sum(rows);
     end = held + upto;
     shift = begin - (end - rows);
     held = shfl(end, 31);

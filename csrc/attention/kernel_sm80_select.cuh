@@ -237,11 +237,7 @@ struct TopkDigitKernel {
     int const top = Radix::kBins - 1 - lane_idx() * kPerLane;
     int64_t mine = 0;
     for (int i = 0; i < kPerLane; ++i) mine += histogram[top - i];
-    int64_t upto = mine;
-    for (int step = 1; step < 32; step *= 2) {
-      int64_t const below = shfl_up(upto, step);
-      if (lane_idx() >= step) upto += below;
-    }
+    int64_t const upto = warp_prefix_sum(mine);
     Cut cut = p.cuts[bh];
     sync_warp();  // every lane has read the cut before one of them replaces it
     int64_t left = cut.ties - (upto - mine);

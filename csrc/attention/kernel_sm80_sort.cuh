@@ -20,15 +20,6 @@ VDIT_DEVICE int label_of(LabelSortParams const& p, int64_t bh, int64_t row) {
   return clamp_to<int>(p.labels[bh * p.num_rows + row], 0, p.num_labels - 1);
 }
 
-// Inclusive sum over the warp's lanes.
-VDIT_DEVICE uint32_t warp_prefix_sum(uint32_t v) {
-  for (int step = 1; step < 32; step *= 2) {
-    uint32_t const below = shfl_up(v, step);
-    if (lane_idx() >= step) v += below;
-  }
-  return v;
-}
-
 // Grid: x chunks, y batch * heads.
 struct LabelCountKernel {
   using Params = LabelSortLaunch;

@@ -63,6 +63,17 @@ VDIT_DEVICE int64_t map_index() { return static_cast<int64_t>(block_idx_z()) * g
 // The mask of the lanes below this one.
 VDIT_DEVICE uint32_t lanes_below() { return (1u << lane_idx()) - 1u; }
 
+// Inclusive sum over the warp's lanes.
+template <class T>
+VDIT_DEVICE T warp_prefix_sum(T v) {
+  CUTE_UNROLL
+  for (int step = 1; step < 32; step *= 2) {
+    T const below = shfl_up(v, step);
+    if (lane_idx() >= step) v += below;
+  }
+  return v;
+}
+
 template <class T>
 VDIT_DEVICE T clamp_to(T v, T low, T high) {
   return v < low ? low : (v > high ? high : v);

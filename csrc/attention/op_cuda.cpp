@@ -2,6 +2,9 @@
 //
 // With VDIT_EMU the same file registers the emulated kernels for CPU tensors in a namespace of their own, so
 // that one test suite runs over both.
+#include <cstdlib>
+#include <cstring>
+
 #include "attention/op_impl.h"
 
 #ifdef VDIT_EMU
@@ -11,6 +14,7 @@
 #endif
 
 namespace vdit {
+namespace {  // the emulator has this file twice, with and without sm90
 
 struct CudaBackend {
 #ifdef VDIT_EMU
@@ -37,7 +41,28 @@ struct CudaBackend {
     return torch::stable::new_empty(like, shape, ScalarType::Byte);
   }
 
-  static void run(Scope& s, BlockSparseAttentionParams const& p, Tensor const&) {
+#ifdef VDIT_HAS_SM90  // the kernels for compute capability 9.0 are in this build
+  // NOTE: on a GPU only on request (VDIT_ATTENTION_KERNEL=sm90), until they have run on one.
+  static bool use_sm90(Tensor const& t) {
+#ifdef VDIT_EMU
+    return true;
+#else
+    static bool const asked = [] {
+      char const* value = std::getenv("VDIT_ATTENTION_KERNEL");
+      return value != nullptr && std::strcmp(value, "sm90") == 0;
+    }();
+    return asked && compute_capability(t.get_device_index()) == 90;
+#endif
+  }
+#endif
+
+  static void run(Scope& s, BlockSparseAttentionParams const& p, Tensor const& like) {
+#ifdef VDIT_HAS_SM90
+    if (use_sm90(like) && can_run_block_sparse_attention_sm90(p)) {
+      Tensor space = workspace(like, block_sparse_attention_sm90_workspace_bytes(p));
+      return run_block_sparse_attention_sm90(p, space.mutable_data_ptr(), s.stream);
+    }
+#endif
     run_block_sparse_attention_sm80(p, s.stream);
   }
   static void run(Scope& s, MergeAttentionParams const& p, Tensor const&) { run_merge_attention_sm80(p, s.stream); }
@@ -59,6 +84,7 @@ struct CudaBackend {
   }
 };
 
+}  // namespace
 }  // namespace vdit
 
 #ifdef VDIT_EMU

@@ -56,4 +56,24 @@ inline AttentionTile pick_tile(BlockSparseAttentionParams const& p) {
   return attention_tile(p.head_dim, rows_128 <= 1.25 * rows_64 ? 128 : 64);
 }
 
+// The tile on compute capability 9.0: consumer warpgroups of 64 query rows, and a producer warpgroup.
+struct AttentionTileSm90 {
+  int consumers;
+  int block_n;  // key rows a step
+
+  constexpr int block_m() const { return 64 * consumers; }
+};
+
+// NOTE: a query tile of m rows does m products a byte of keys that comes from L2, whose bandwidth m = 64 exhausts.
+// Three consumers leave 160 registers a thread, enough for outputs of head size 64 but not of 128.
+constexpr AttentionTileSm90 attention_tile_sm90(int head_dim) {
+  return AttentionTileSm90{head_dim == 64 ? 3 : 2, 128};
+}
+
+// Tiles of block_m query rows that a head has, at most: a tile holds rows of one query block.
+inline int64_t max_query_tiles(BlockSparseAttentionParams const& p, int block_m) {
+  if (p.q_offsets != nullptr) return p.seqlen_q / block_m + p.num_q_blocks + 1;
+  return p.num_q_blocks * ((p.q_block_size + block_m - 1) / block_m);
+}
+
 }  // namespace vdit

@@ -64,8 +64,11 @@ void launch(Grid grid, size_t smem_bytes, void* /*stream*/, typename Kernel::Par
        &p,
        [](void const* params, char* smem) {
          Kernel{}(*static_cast<typename Kernel::Params const*>(params), smem);
-       }});
+       },
+       Kernel::kMinBlocks});
 }
+
+inline int multiprocessors() { return 3; }  // any number: the blocks of a grid run one after another
 
 #else
 
@@ -123,6 +126,15 @@ void launch(Grid grid, size_t smem_bytes, void* stream, typename Kernel::Params 
                                       dim3(grid.x, grid.y, grid.z), dim3(Kernel::kThreads), arguments,
                                       smem_bytes, static_cast<cudaStream_t>(stream)),
                      [] { return kernel_name<Kernel>() + ": the launch failed"; });
+}
+
+// Streaming multiprocessors of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  auto const what = [] { return std::string("vdit: the number of multiprocessors could not be read"); };
+  detail::check_cuda(cudaGetDevice(&device), what);
+  detail::check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), what);
+  return count;
 }
 
 #endif

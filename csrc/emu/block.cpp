@@ -57,6 +57,7 @@ struct Thread {
 
 // Where `expected` threads meet. The last to come computes for all and wakes the others.
 struct Rendezvous {
+  int first = 0;  // of the threads
   int expected = 0;
   bool one_place = false;  // must all have come by the same line? Lanes of a warp, not warps of a block.
   char const* name = nullptr;
@@ -68,7 +69,8 @@ struct Rendezvous {
   char sync[2] = {};
   unsigned epoch = 0;
 
-  void reset(int count, bool same_place) {
+  void reset(int from, int count, bool same_place) {
+    first = from;
     expected = count;
     one_place = same_place;
     operands.assign(static_cast<size_t>(count), nullptr);
@@ -78,11 +80,6 @@ struct Rendezvous {
   }
 };
 
-std::string place(char const* name, Site at) {
-  char const* const slash = strrchr(at.file, '/');
-  return std::string(name) + " (" + (slash ? slash + 1 : at.file) + ":" + std::to_string(at.line) + ")";
-}
-
 class Block {
  public:
   void run(Launch const& launch);
@@ -90,15 +87,30 @@ class Block {
   Thread& self() { return *current_; }
   Index3 index() const { return index_; }
   Launch const& launch() const { return *launch_; }
-  char const* shared() const { return smem_.get(); }
+  char* shared() const { return smem_.get(); }
+  Order order() const { return choice_.order; }
 
   void meet_warp(char const* name, Site at, void* operand, Compute compute) {
     Thread& me = *current_;
-    meet(warp_meetings_[static_cast<size_t>(me.warp())], me.lane(), name, at, operand, compute);
+    meet(warp_meetings_[static_cast<size_t>(me.warp())], name, at, operand, compute);
+  }
+  void meet_warpgroup(char const* name, Site at, void* operand, Compute compute) {
+    auto const group = static_cast<size_t>(current_->index / 128);
+    if (group >= group_meetings_.size()) {
+      throw std::runtime_error(title() + "thread " + std::to_string(current_->index) + " came to " +
+                               place(name, at) + ", but a block of " + std::to_string(launch_->threads) +
+                               " threads has only " + std::to_string(group_meetings_.size()) +
+                               " whole warpgroups.");
+    }
+    meet(group_meetings_[group], name, at, operand, compute);
   }
   void meet_block(char const* name, Site at, void* operand, Compute compute) {
-    meet(block_meeting_, current_->index, name, at, operand, compute);
+    meet(block_meeting_, name, at, operand, compute);
   }
+  void sleep_at(char const* name, Site at);
+  void wake(Thread& thread);
+  Thread& thread(int i) { return *threads_[static_cast<size_t>(i)]; }
+  uint64_t random();
 
   std::string title() const {
     return launch_->kernel + ", block (" + std::to_string(index_.x) + ", " + std::to_string(index_.y) + ", " +
@@ -109,14 +121,14 @@ class Block {
   void prepare();
   void run_block();
   void check_canary() const;
-  void meet(Rendezvous& r, int slot, char const* name, Site at, void* operand, Compute compute);
+  void meet(Rendezvous& r, char const* name, Site at, void* operand, Compute compute);
   void complete(Rendezvous& r, Compute compute);
   void check_same(Rendezvous const& r, char const* name, Site at) const;
   void switch_to(Thread& next);
   Thread* next_thread();
+  Thread& somebody();
   int next_lane(int warp);
   std::string who_waits(int begin, int end) const;
-  uint64_t random();
   static void thread_main();
 
   Launch const* launch_ = nullptr;
@@ -127,7 +139,7 @@ class Block {
 
   std::vector<std::unique_ptr<Thread>> threads_;  // kept from launch to launch for their stacks
   std::vector<uint32_t> ready_;                   // by warp: the lanes that could run
-  std::vector<Rendezvous> warp_meetings_;
+  std::vector<Rendezvous> warp_meetings_, group_meetings_;
   Rendezvous block_meeting_;
   Fiber host_;  // whoever called launch
   Thread* current_ = nullptr;
@@ -190,6 +202,30 @@ Thread* Block::next_thread() {
   return threads_[static_cast<size_t>(warp * 32 + next_lane(warp))].get();
 }
 
+// Who runs next, once what is under way beside the threads has let somebody go on.
+Thread& Block::somebody() {
+  Thread* next = next_thread();
+  while (next == nullptr && advance_engines()) next = next_thread();
+  if (next == nullptr) {
+    throw std::runtime_error(title() + "no thread can go on: " + who_waits(0, launch_->threads) + "." +
+                             describe_engines());
+  }
+  return *next;
+}
+
+void Block::sleep_at(char const* name, Site at) {
+  Thread& me = *current_;
+  me.waits_at = name;
+  me.where = at;
+  ready_[static_cast<size_t>(me.warp())] &= ~me.bit();
+  switch_to(somebody());
+}
+
+void Block::wake(Thread& thread) {
+  thread.waits_at = nullptr;
+  ready_[static_cast<size_t>(thread.warp())] |= thread.bit();
+}
+
 void Block::switch_to(Thread& next) {
   Thread& me = *current_;
   if (&next == &me) return;
@@ -199,7 +235,7 @@ void Block::switch_to(Thread& next) {
 
 // ---- Meetings --------------------------------------------------------------------------------------------
 
-void Block::meet(Rendezvous& r, int slot, char const* name, Site at, void* operand, Compute compute) {
+void Block::meet(Rendezvous& r, char const* name, Site at, void* operand, Compute compute) {
   Thread& me = *current_;
   if (r.waiting.empty()) {
     r.name = name;
@@ -207,7 +243,7 @@ void Block::meet(Rendezvous& r, int slot, char const* name, Site at, void* opera
   } else {
     check_same(r, name, at);
   }
-  r.operands[static_cast<size_t>(slot)] = operand;
+  r.operands[static_cast<size_t>(me.index - r.first)] = operand;
   void* const sync = &r.sync[r.epoch % 2];
   tsan_release(sync);
   if (static_cast<int>(r.waiting.size()) + 1 == r.expected) {
@@ -218,24 +254,14 @@ void Block::meet(Rendezvous& r, int slot, char const* name, Site at, void* opera
     if (choice_.order == Order::kRandom && random() % 8 == 0) switch_to(*next_thread());
   } else {
     r.waiting.push_back(&me);
-    me.waits_at = name;
-    me.where = at;
-    ready_[static_cast<size_t>(me.warp())] &= ~me.bit();
-    Thread* const next = next_thread();
-    if (next == nullptr) {
-      throw std::runtime_error(title() + "no thread can go on: " + who_waits(0, launch_->threads) + ".");
-    }
-    switch_to(*next);
+    sleep_at(name, at);
   }
   tsan_acquire(sync);
 }
 
 void Block::complete(Rendezvous& r, Compute compute) {
   if (compute != nullptr) compute(r.operands.data(), r.expected);
-  for (Thread* thread : r.waiting) {
-    thread->waits_at = nullptr;
-    ready_[static_cast<size_t>(thread->warp())] |= thread->bit();
-  }
+  for (Thread* thread : r.waiting) wake(*thread);
   r.waiting.clear();
   ++r.epoch;
 }
@@ -244,10 +270,8 @@ void Block::check_same(Rendezvous const& r, char const* name, Site at) const {
   auto const equal = [](char const* a, char const* b) { return a == b || strcmp(a, b) == 0; };
   bool const same_place = r.where.line == at.line && equal(r.where.file, at.file);
   if (equal(r.name, name) && (same_place || !r.one_place)) return;
-  int const begin = r.one_place ? current_->warp() * 32 : 0;
-  int const end = r.one_place ? begin + 32 : launch_->threads;
   throw std::runtime_error(title() + "thread " + std::to_string(current_->index) + " came to " +
-                           place(name, at) + " while " + who_waits(begin, end) + ".");
+                           place(name, at) + " while " + who_waits(r.first, r.first + r.expected) + ".");
 }
 
 // "threads 0-63 wait at sync_block (gemm.cuh:41); thread 64 exited", for those that wait or exited.
@@ -299,11 +323,11 @@ void Block::thread_main() {
   ++b.exited_;
   b.ready_[static_cast<size_t>(me.warp())] &= ~me.bit();
   Thread* next = nullptr;
-  if (!b.error_) {
-    next = b.next_thread();
-    if (next == nullptr && b.exited_ < b.launch_->threads) {
-      b.error_ = std::make_exception_ptr(
-          std::runtime_error(b.title() + "no thread can go on: " + b.who_waits(0, b.launch_->threads) + "."));
+  if (!b.error_ && b.exited_ < b.launch_->threads) {
+    try {
+      next = &b.somebody();
+    } catch (...) {
+      b.error_ = std::current_exception();
     }
   }
   b.current_ = next;
@@ -319,6 +343,7 @@ void Block::prepare() {
   warps_ = launch_->threads / 32;
   ready_.resize(static_cast<size_t>(warps_));
   warp_meetings_.resize(static_cast<size_t>(warps_));
+  group_meetings_.resize(static_cast<size_t>(warps_ / 4));
   // AddressSanitizer watches the end of an allocation of just the right size; without it a canary does.
   size_t const bytes = launch_->smem_bytes + (asan_is_loaded() ? 0 : kCanary);
   void* memory = nullptr;
@@ -329,8 +354,9 @@ void Block::prepare() {
 void Block::run_block() {
   size_t const bytes = launch_->smem_bytes + (asan_is_loaded() ? 0 : kCanary);
   memset(smem_.get(), kPoison, bytes);
-  for (auto& r : warp_meetings_) r.reset(32, true);
-  block_meeting_.reset(launch_->threads, false);
+  for (int i = 0; i < warps_; ++i) warp_meetings_[static_cast<size_t>(i)].reset(i * 32, 32, true);
+  for (int i = 0; i < warps_ / 4; ++i) group_meetings_[static_cast<size_t>(i)].reset(i * 128, 128, true);
+  block_meeting_.reset(0, launch_->threads, false);
   for (auto& lanes : ready_) lanes = 0xffffffffu;
   for (int i = 0; i < launch_->threads; ++i) {
     Thread& thread = *threads_[static_cast<size_t>(i)];
@@ -342,6 +368,7 @@ void Block::run_block() {
     thread.fiber.start(thread_main, i);
   }
   exited_ = 0;
+  start_engines();
   tsan_release(&start_sync_);
   current_ = nullptr;
   current_ = next_thread();
@@ -349,6 +376,7 @@ void Block::run_block() {
   tsan_acquire(&end_sync_);
   current_ = nullptr;
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+  finish_engines();
   if (!asan_is_loaded()) check_canary();
 }
 
@@ -414,6 +442,13 @@ int thread_index() { return block->self().index; }
 Index3 block_index() { return block->index(); }
 Index3 grid_dim() { return block->launch().grid; }
 
+std::string place(char const* name, Site at) {
+  char const* const slash = strrchr(at.file, '/');
+  return std::string(name) + " (" + (slash ? slash + 1 : at.file) + ":" + std::to_string(at.line) + ")";
+}
+
+void fail_block(std::string const& what) { throw std::runtime_error(block->title() + what + "."); }
+
 void fail(char const* name, Site at, std::string const& what) {
   throw std::runtime_error(block->title() + "thread " + std::to_string(thread_index()) + " gave " +
                            place(name, at) + " " + what + ".");
@@ -432,23 +467,40 @@ void meet_block(char const* name, Site at, void* operand, Compute compute) {
   block->meet_block(name, at, operand, compute);
 }
 
-void check_shared(char const* name, Site at, void const* p, size_t bytes) {
+void meet_warpgroup(char const* name, Site at, void* operand, Compute compute) {
+  block->meet_warpgroup(name, at, operand, compute);
+}
+
+void sleep_at(char const* name, Site at) { block->sleep_at(name, at); }
+void wake(int thread) { block->wake(block->thread(thread)); }
+
+Launch const& current_launch() { return block->launch(); }
+char* shared_memory() { return block->shared(); }
+Order current_order() { return block->order(); }
+uint64_t random_below(uint64_t n) { return block->random() % n; }
+
+std::string range_text(size_t first, size_t bytes) {
+  return "bytes " + std::to_string(static_cast<int64_t>(first)) + " to " +
+         std::to_string(static_cast<int64_t>(first + bytes) - 1) + " of " +
+         std::to_string(block->launch().smem_bytes) + " bytes of shared memory";
+}
+
+size_t check_shared(char const* name, Site at, void const* p, size_t bytes, size_t align) {
   // Whole numbers, because comparing pointers into different objects is undefined.
   auto const offset =
       static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(block->shared()));
   auto const size = static_cast<int64_t>(block->launch().smem_bytes);
   if (std::abs(offset) > 1 << 24) fail(name, at, "an address that is not in shared memory");
   if (offset < 0 || offset + static_cast<int64_t>(bytes) > size) {
-    fail(name, at,
-         "bytes " + std::to_string(offset) + " to " +
-             std::to_string(offset + static_cast<int64_t>(bytes) - 1) + " of " + std::to_string(size) +
-             " bytes of shared memory");
+    fail(name, at, range_text(static_cast<size_t>(offset), bytes));
   }
-  if (offset % static_cast<int64_t>(bytes) != 0) {
+  if (align == 0) align = bytes;
+  if (static_cast<size_t>(offset) % align != 0) {
     fail(name, at,
          "byte " + std::to_string(offset) + " of shared memory, which is not a multiple of " +
-             std::to_string(bytes));
+             std::to_string(align));
   }
+  return static_cast<size_t>(offset);
 }
 
 void push_copy(AsyncCopy copy) {

@@ -29,6 +29,7 @@ struct Launch {
   std::size_t smem_bytes;
   void const* params;
   void (*body)(void const* params, char* smem);  // one thread's work
+  int blocks_a_processor = 1;                    // that are to fit: bounds the registers of a thread
 };
 
 // Runs the blocks one after another, each thread on a fiber. What a thread throws comes out here, as does
@@ -55,14 +56,14 @@ Index3 grid_dim();
 // A rendezvous: waits for every thread of the warp (or block), hands over `operand`, and returns after
 // `compute` (may be null) has run once over all operands, which lie in lane (thread) order. Operands stay on
 // their owners' stacks, so compute writes results straight into them.
-// NOTE: Hopper's warpgroup instructions and named barriers are further Rendezvous objects in block.cpp with
-// another `expected`; an mbarrier wait is one whose completion is counted by arrivals instead of by waiters.
 using Compute = void (*)(void* const* operands, int count);
 void meet_warp(char const* name, Site at, void* operand, Compute compute);
 void meet_block(char const* name, Site at, void* operand, Compute compute);
+void meet_warpgroup(char const* name, Site at, void* operand, Compute compute);  // 128 aligned threads
 
-// Fails unless [p, p + bytes) lies in the block's shared memory, p a multiple of `bytes`.
-void check_shared(char const* name, Site at, void const* p, std::size_t bytes);
+// The offset of `p`. Fails unless [p, p + bytes) lies in the block's shared memory, p a multiple of `align`
+// (of `bytes` where that is 0).
+std::size_t check_shared(char const* name, Site at, void const* p, std::size_t bytes, std::size_t align = 0);
 
 // cp.async: a copy is kept until a wait of the same thread makes it due. Source null means zeros.
 struct AsyncCopy {
@@ -73,5 +74,29 @@ void push_copy(AsyncCopy copy);
 void commit_copies();
 // The next copy that is due when at most `groups_left` groups may stay unfinished; false when none is.
 bool pop_copy(int groups_left, AsyncCopy* copy);
+
+// ---- For what works beside the threads (hopper.cpp, wgmma.cpp) -------------------------------------------
+
+// A thread that waits for something else than a meeting: until somebody wakes it.
+void sleep_at(char const* name, Site at);
+void wake(int thread);
+
+Launch const& current_launch();
+char* shared_memory();
+Order current_order();
+uint64_t random_below(uint64_t n);  // follows the seed of Order::kRandom
+
+std::string place(char const* name, Site at);  // "NAME (FILE:LINE)"
+std::string range_text(std::size_t first,
+                       std::size_t bytes);  // "bytes 0 to 15 of 512 bytes of shared memory"
+// Ends the launch: "KERNEL, block (0, 0, 0): WHAT."
+[[noreturn]] void fail_block(std::string const& what);
+
+// Called by the core: when a block starts; when no thread can go on, to finish one thing that is under way
+// (false: there is none); for the sentence about a dead-lock; and when all threads have exited.
+void start_engines();
+bool advance_engines();
+std::string describe_engines();
+void finish_engines();
 
 }  // namespace vdit::emu

@@ -32,6 +32,8 @@ VDIT_WEAK void __tsan_destroy_fiber(void* fiber);
 VDIT_WEAK void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 VDIT_WEAK void __tsan_acquire(void* addr);
 VDIT_WEAK void __tsan_release(void* addr);
+VDIT_WEAK void __tsan_ignore_thread_begin(void);
+VDIT_WEAK void __tsan_ignore_thread_end(void);
 }
 
 #if !defined(VDIT_EMU_UCONTEXT)
@@ -166,6 +168,14 @@ void tsan_release(void* sync) {
 
 void tsan_acquire(void* sync) {
   if (__tsan_acquire) __tsan_acquire(sync);
+}
+
+Unwatched::Unwatched() {
+  if (__tsan_ignore_thread_begin) __tsan_ignore_thread_begin();
+}
+
+Unwatched::~Unwatched() {
+  if (__tsan_ignore_thread_end) __tsan_ignore_thread_end();
 }
 
 bool asan_is_loaded() { return __asan_unpoison_memory_region != nullptr; }

@@ -4,28 +4,10 @@
 #include <cstring>
 
 #include "collectives.h"
+#include "numbers.h"
 
 namespace vdit::emu {
 namespace {
-
-float from_bits(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-float bf16_to_float(uint32_t half) { return from_bits(half << 16); }
-
-// Shifts exponent and mantissa into fp32's places and corrects the bias by an exact multiplication, which
-// also makes subnormals come out right; infinity and NaN need their exponent put back.
-float f16_to_float(uint32_t half) {
-  uint32_t const magnitude = (half & 0x7fffu) << 13;
-  uint32_t bits;
-  float const scaled = from_bits(magnitude) * 0x1p112f;
-  memcpy(&bits, &scaled, sizeof(bits));
-  if (magnitude >= 0x0f800000u) bits = magnitude | 0x7f800000u;
-  return from_bits(bits | (half & 0x8000u) << 16);
-}
 
 // How the PTX manual spreads the matrices over lanes: lane 4 * g + t holds rows g and g + 8 of a and d, and
 // column g of b; t picks the position along k (four bytes) and the pair of columns of d.
@@ -63,9 +45,6 @@ void multiply_m16n8k16(void* const* operands) {
     for (int i = 0; i < 4; ++i) c[i] = d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
   }
 }
-
-// Byte `i` of four int8 values.
-float byte_of(uint32_t four, int i) { return static_cast<int8_t>(four >> (8 * i)); }
 
 }  // namespace
 

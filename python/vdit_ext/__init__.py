@@ -17,11 +17,12 @@ _LAZY = {
     "ops": ("ops", None),
     "accelerate": ("integrations", "accelerate"),
     "explain": ("integrations", "explain"),
+    "load_pipeline": ("integrations", "load_pipeline"),
     "sparse": ("sparse", None),
     "toyworld": ("toyworld", None),
 }
 
-__all__ = ["__version__", "accelerate", "explain", "ops", "sparse", "toyworld"]
+__all__ = ["__version__", "accelerate", "explain", "load_pipeline", "ops", "sparse", "toyworld"]
 
 
 def __getattr__(name: str):

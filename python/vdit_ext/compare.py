@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,10 @@ import numpy as np
 from .video import Quality, quality
 
 Callback = Callable[[int, int], None]
+
+
+class Unsupported(ValueError):
+    """What a model asks of the kernels and they do not serve, where only sampling shows it; one sentence."""
 
 
 def keep_settings(name: str, share: float) -> dict[str, float]:
@@ -55,7 +60,7 @@ class Sampler(Protocol):
     Attributes:
         name: what to call the model in reports.
         model: transformer or pipeline that ``accelerate`` takes.
-        fps: frames a second of its clips.
+        fps: frames a second of its clips; may be set.
     """
 
     name: str
@@ -120,7 +125,10 @@ class ToySampler:
 
 
 class FolderSampler:
-    """A diffusers text-to-video pipeline from a folder on disk."""
+    """A diffusers text-to-video pipeline from a folder on disk.
+
+    A folder does not say how many frames a second its clips have: 16, as Wan 2.1 has, until ``fps`` is set.
+    """
 
     DEFAULT_STEPS, DEFAULT_GUIDANCE, FPS = 50, 5.0, 16
 
@@ -149,32 +157,49 @@ class FolderSampler:
         unit = self.pipe.vae_scale_factor_temporal
         if request.frames is not None and (request.frames - 1) % unit:
             raise ValueError(f"frames: one more than a multiple of {unit} was expected, got {request.frames}")
-        return dataclasses.replace(
+        request = dataclasses.replace(
             request,
             steps=self.DEFAULT_STEPS if request.steps is None else request.steps,
             guidance=self.DEFAULT_GUIDANCE if request.guidance is None else request.guidance,
         )
+        _check_arguments(self.pipe, self._arguments(request))
+        return request
 
     def sample(self, request: Request, callback: Callback | None = None) -> np.ndarray:
         import torch
 
-        size = {"height": request.height, "width": request.width, "num_frames": request.frames}
         frames = self.pipe(
-            prompt=request.prompt,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
+            **self._arguments(request),
             generator=torch.Generator().manual_seed(request.seed),
             callback_on_step_end=_per_step(callback, request.steps),
             output_type="np",
-            **{key: value for key, value in size.items() if value is not None},
         ).frames[0]
         return np.clip(np.asarray(frames) * 255 + 0.5, 0, 255).astype(np.uint8)
+
+    def _arguments(self, request: Request) -> dict[str, Any]:
+        """What the pipeline is called with for this request; its own defaults stay out."""
+        given = {
+            "prompt": request.prompt,
+            "num_inference_steps": request.steps,
+            "guidance_scale": request.guidance,
+            "height": request.height,
+            "width": request.width,
+            "num_frames": request.frames,
+        }
+        return {key: value for key, value in given.items() if value is not None}
 
     def warm_up(self, request: Request) -> None:
         """Nothing: one step of a full-size model takes longer than what it would hide."""
 
     def method(self, name: str, settings: Mapping[str, Any]) -> Any:
         return build_method(name, _presets_like(self.pipe.transformer), settings)
+
+
+def _check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Let a pipeline check now what its call would check; ValueError, one sentence, for what it refuses."""
+    defaults = {name: p.default for name, p in inspect.signature(pipe.__call__).parameters.items()}
+    known = defaults | dict(arguments)
+    pipe.check_inputs(**{name: known.get(name) for name in inspect.signature(pipe.check_inputs).parameters})
 
 
 def _per_step(callback: Callback | None, total: int):
@@ -298,8 +323,10 @@ class Run:
         settings: of the method, plain data.
         clip: uint8 ``[f, h, w, 3]``.
         seconds: wall clock of the sampling, decoding included, loading not.
-        density: mean kept share of query-key pairs in the calls that were sparse; None when none was.
-        density_overall: attention work done over that of dense attention, dense steps and layers counted in.
+        density: mean kept share of query-key pairs in the sparse steps, over all layers; layers that stay dense
+            in such a step count as 1. None when no step was sparse.
+        density_sparse_layers: the same over those layers only that were sparse; None when none was.
+        density_overall: attention work done over that of dense attention, dense steps counted in.
         quality: against the dense clip; None when there is none to compare with.
     """
 
@@ -308,6 +335,7 @@ class Run:
     clip: np.ndarray
     seconds: float
     density: float | None
+    density_sparse_layers: float | None
     density_overall: float
     quality: Quality | None = None
 
@@ -325,6 +353,7 @@ class Run:
         return {
             "method": self.method,
             "density": self.density,
+            "density_sparse_layers": self.density_sparse_layers,
             "density_overall": self.density_overall,
             "psnr": None if q is None or math.isinf(q.psnr) else q.psnr,
             "ssim": None if q is None else q.ssim,
@@ -342,31 +371,42 @@ def run_dense(sampler: Sampler, request: Request, callback: Callback | None = No
     start = time.perf_counter()
     clip = sampler.sample(request, callback)
     seconds = time.perf_counter() - start
-    return Run("dense", {}, clip, seconds, 1.0, 1.0, Quality(math.inf, 1.0, True))
+    return Run("dense", {}, clip, seconds, 1.0, None, 1.0, Quality(math.inf, 1.0, True))
 
 
 def run_sparse(sampler: Sampler, request: Request, method: Any, callback: Callback | None = None) -> Run:
     """Sample with a sparse method, and leave the pipeline as it was.
 
     Raises:
-        ValueError, TypeError: one sentence, when the model cannot be accelerated.
+        Unsupported: one sentence, when the kernels cannot serve a call, which :func:`check_methods` could not
+            know. Whatever else is raised is a defect.
     """
     from .integrations import accelerate
 
     with accelerate(sampler.model, sparse=method, num_inference_steps=request.steps) as handle:
         start = time.perf_counter()
-        clip = sampler.sample(request, callback)
+        try:
+            clip = sampler.sample(request, callback)
+        except ValueError as error:
+            # A layer without a backend is one whose call was refused; a ValueError without such is a defect.
+            if any(row["backend"] == "none" for row in handle.explain()):
+                raise Unsupported(str(error)) from error
+            raise
         seconds = time.perf_counter() - start
         stats = handle.stats()
-    full = stats["dense_attention_flops"]
     return Run(
         method.name,
         settings_of(method),
         clip,
         seconds,
-        None if math.isnan(stats["density"]) else stats["density"],
-        stats["attention_flops"] / full if full else 1.0,
+        _or_none(stats["density_steps"]),
+        _or_none(stats["density"]),
+        stats["density_overall"],
     )
+
+
+def _or_none(share: float) -> float | None:
+    return None if math.isnan(share) else share
 
 
 def check_methods(sampler: Sampler, request: Request, methods: Iterable[Any]) -> None:

@@ -152,7 +152,8 @@ def test_gpu_script_dry_run():
     assert done.returncode == 0, done.stderr
     names = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("stage ")]
     assert names[:4] == ["environment", "build", "loads", "check_attention"]
-    assert [n for n in names if n.startswith("attention-")] and names[-1] == "svg2-hunyuan"
+    assert [n for n in names if n.startswith("attention-")] and "svg2-hunyuan" in names
+    assert names[4] == "check_attention_sm90" and names[-1].endswith("-sm90")  # without a GPU, 9.0 is taken
     prebuilt = shell("bash", "bench/gpu.sh", "--dry-run", "--libraries", "elsewhere").stdout
     assert "stage build" not in prebuilt
     assert shell("bash", "bench/gpu.sh", "--nonsense").returncode == 2

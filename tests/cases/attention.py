@@ -75,9 +75,16 @@ class AttentionInputs:
         return self.q, self.k, self.v, self.kv_num_blocks, self.kv_indices
 
     def to(self, device) -> AttentionInputs:
-        moved = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in self.kwargs.items()}
-        # .to() keeps dense strides, so views stay the views they were.
-        return AttentionInputs(*(t.to(device) for t in self.args), kwargs=moved)
+        moved = {n: as_it_lies(t, device) if isinstance(t, Tensor) else t for n, t in self.kwargs.items()}
+        return AttentionInputs(*(as_it_lies(t, device) for t in self.args), kwargs=moved)
+
+
+def as_it_lies(t: Tensor, device: torch.device | str) -> Tensor:
+    """t on a device as the view that it is: ``.to()`` would close its gaps and put it at the start of its memory."""
+    if t.device == torch.device(device):
+        return t
+    storage = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+    return storage.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 def make_tensor(case: AttentionCase, length: int, gen: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -169,6 +176,35 @@ corner = [
     ),
     C("clusters_of_one", seqlen_q=40, seqlen_kv=37, q_block=(1,) * 40, kv_block=(1,) * 37, density=0.3),
     C("large_scale", seqlen_q=130, seqlen_kv=190, q_block=64, kv_block=64, scale=3.0, density=1.0),
+    # Scores of a negative scale rank the other way round; of scale 0 all keys weigh the same.
+    C("negative_scale", seqlen_q=130, seqlen_kv=190, q_block=64, kv_block=64, scale=-0.2, density=0.7),
+    C(
+        "negative_scale_variable",
+        seqlen_q=150,
+        seqlen_kv=333,
+        q_block="random:5",
+        kv_block="random:9",
+        scale=-1.0,
+    ),
+    C(
+        "zero_scale",
+        seqlen_q=130,
+        seqlen_kv=190,
+        q_block=64,
+        kv_block=64,
+        scale=0.0,
+        density=0.7,
+        empty_rows=True,
+    ),
+    C(
+        "zero_scale_variable",
+        head_dim=128,
+        seqlen_q=150,
+        seqlen_kv=333,
+        q_block="random:5",
+        kv_block="random:9",
+        scale=0.0,
+    ),
 ]
 
 ragged = [

@@ -30,11 +30,13 @@ def tiny(monkeypatch):
 
 
 @pytest.fixture
-def vdit(tiny):
-    """Call the command with arguments; the result has exit_code, stdout and stderr."""
+def vdit(tiny, tmp_path_factory, monkeypatch):
+    """Call the command with arguments, in an empty folder; the result has exit_code, stdout and stderr."""
     from typer.testing import CliRunner
 
     from vdit_ext.cli import app
+
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))  # where `vdit compare` writes without --out
 
     def call(*arguments):
         return CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -20,8 +22,9 @@ def arguments(*more):
 def test_json_is_a_list_with_dense_first(vdit):
     records = json.loads(vdit(*arguments("--methods", "draft,dense,svg2", "--json")).stdout)
     assert [r["method"] for r in records] == ["dense", "draft", "svg2"]
+    keys = {"method", "model", "density", "density_sparse_layers", "density_overall", "psnr", "ssim", "seconds"}
     for record in records:
-        assert {"method", "density", "psnr", "ssim", "seconds", "speedup", "identical"} <= set(record)
+        assert keys | {"speedup", "identical", "settings"} <= set(record) and record["model"] == "toy"
     assert records[0]["identical"] is True and records[0]["psnr"] is None and records[0]["density"] == 1
     assert records[1]["psnr"] > 10 and 0 < records[1]["density"] < 1
 
@@ -29,8 +32,89 @@ def test_json_is_a_list_with_dense_first(vdit):
 def test_table_has_a_row_for_each_method(vdit):
     result = vdit(*arguments("--quiet"))
     assert result.exit_code == 0 and result.stderr == ""
-    for word in ("dense", "draft", "svg1", "svg2", "inf", "PSNR", "speedup"):
+    for word in ("toy model", "density", "dense", "draft", "svg1", "svg2", "inf", "PSNR", "speedup"):
         assert word in result.stdout
+
+
+def test_density_is_that_of_the_steps_with_their_dense_layers(vdit):
+    # One of two layers is dense: half of attention is kept by it alone.
+    found = json.loads(vdit(*arguments("--methods", "draft", "--set", "dense_layers=1", "--json")).stdout)[1]
+    assert found["density"] == pytest.approx((1 + found["density_sparse_layers"]) / 2)
+    assert found["density_sparse_layers"] < found["density"] <= found["density_overall"] < 1
+
+
+FILES = ["dense.mp4", "draft.mp4", "report.html", "results.json", "sheet.png"]
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_without_out_a_folder_here_gets_the_files_and_is_named(vdit):
+    for _ in range(2):  # the second run replaces the files of the first
+        result = vdit(*arguments("--methods", "draft"))
+        assert result.exit_code == 0, result.stderr
+        assert "vdit-compare/report.html" in result.stderr and "vdit-compare/sheet.png" in result.stderr
+        assert names(Path.cwd()) == ["vdit-compare"] and names(Path("vdit-compare")) == FILES
+
+
+def test_without_out_json_writes_nothing(vdit):
+    assert vdit(*arguments("--methods", "draft", "--json")).exit_code == 0
+    assert names(Path.cwd()) == []
+
+
+def test_without_out_a_folder_of_others_is_left_alone(vdit, tiny, refused):
+    Path("vdit-compare").mkdir()
+    assert vdit(*arguments("--methods", "draft")).exit_code == 0  # it was empty
+    Path("vdit-compare/results.json").unlink()  # now it no longer looks like ours
+    before, calls = names(Path("vdit-compare")), tiny.calls
+    refused(vdit(*arguments("--methods", "draft")), "vdit-compare", "--out")
+    assert names(Path("vdit-compare")) == before and tiny.calls == calls
+
+
+def test_without_out_a_file_in_the_way_is_refused(vdit, tiny, refused):
+    Path("vdit-compare").write_text("mine")
+    refused(vdit(*arguments("--methods", "draft")), "is a file")
+    assert tiny.calls == 0 and Path("vdit-compare").read_text() == "mine"
+
+
+def test_fps_is_that_of_the_written_clips(vdit, tmp_path):
+    assert vdit(*arguments("--methods", "draft", "--out", tmp_path, "--fps", "24")).exit_code == 0
+    assert read_video(tmp_path / "dense.mp4")[1] == read_video(tmp_path / "draft.mp4")[1] == 24
+
+
+@pytest.mark.parametrize("fps", ["0", "-8", "nan", "fast"])
+def test_frame_rates_that_make_no_clip_are_refused(vdit, tiny, fps):
+    result = vdit(*arguments("--fps", fps))
+    assert result.exit_code == 2 and tiny.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [
+        ("av", "av"),
+        ("PIL", "pillow"),
+        ("diffusers", "diffusers"),
+        ("transformers", "transformers"),
+        ("torchmetrics", "torchmetrics"),
+    ],
+)
+def test_a_missing_package_is_named_before_sampling(vdit, tiny, refused, monkeypatch, module, package):
+    hide(monkeypatch, module)
+    refused(vdit(*arguments("--methods", "draft")), f" {package};", "pip install 'vdit-ext[video]'")
+    assert tiny.calls == 0 and names(Path.cwd()) == []
+
+
+def hide(monkeypatch, module):
+    """Make a package look as if it were not installed."""
+    for name in [n for n in sys.modules if n == module or n.startswith(module + ".")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+
+
+def test_what_is_not_needed_may_be_missing(vdit, monkeypatch):
+    hide(monkeypatch, "av")
+    assert vdit(*arguments("--methods", "draft", "--json")).exit_code == 0
 
 
 def test_settings_reach_their_method_only(vdit):
@@ -44,8 +128,7 @@ def test_folder_holds_report_sheet_results_and_clips(vdit, tmp_path):
     out = tmp_path / "report"
     result = vdit(*arguments("--methods", "svg2,draft", "--out", out))
     assert result.exit_code == 0, result.stderr
-    names = ["dense.mp4", "draft.mp4", "report.html", "results.json", "sheet.png", "svg2.mp4"]
-    assert sorted(p.name for p in out.iterdir()) == names and [p.name for p in tmp_path.iterdir()] == ["report"]
+    assert names(out) == [*FILES, "svg2.mp4"] and names(tmp_path) == ["report"]
     assert len(read_video(out / "svg2.mp4")[0]) == FRAMES
     Image.open(out / "sheet.png").load()
     results = json.loads((out / "results.json").read_text())

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -78,6 +82,39 @@ def test_a_wrong_kernel_is_an_exit_code(monkeypatch):
 def test_which_gpus_a_build_serves(capability, archs, served):
     gap = doctor.arch_gap(capability, archs)
     assert (gap is None) == served, gap
+
+
+AVX2 = {"avx2", "fma", "f16c"}
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "last"),
+    [
+        (set(), "portable"),
+        (AVX2, "avx2"),
+        (AVX2 - {"fma"}, "portable"),
+        (AVX2 - {"f16c"} | AVX512, "portable"),
+        (AVX2 | AVX512, "avx512"),
+        (AVX2 | AVX512 - {"avx512dq"} | {"avx512_bf16"}, "avx2"),
+        (AVX2 | AVX512 | {"avx512_bf16"}, "avx512_bf16"),
+    ],
+)
+def test_instruction_sets_are_those_that_the_library_asks_for(flags, last):
+    assert doctor._isa_levels(flags | {"sse2"})[-1] == last
+
+
+def test_the_best_instruction_set_is_the_one_in_use(monkeypatch):
+    if "VDIT_CPU_ISA" in os.environ:
+        pytest.skip("VDIT_CPU_ISA chooses another")
+    cpu = json.loads(run("--json").stdout)["cpu"]
+    assert cpu["isa_used"] == cpu["isa_available"][-1]
+
+
+def test_every_package_of_the_extra_is_looked_for():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extra = {re.match(r"[\w-]+", line)[0] for line in project["optional-dependencies"]["video"]}
+    assert set(doctor.PACKAGES) == extra
 
 
 def test_a_missing_driver_tool_is_said(monkeypatch):

@@ -16,12 +16,15 @@ from PIL import Image
 from vdit_cli_tiny import FPS, FRAMES, PROMPT, SIZE
 
 import vdit_ext.video
+from vdit_ext import compare, toyworld
 from vdit_ext.cli.console import Reporter
+from vdit_ext.integrations import processors
+from vdit_ext.sparse import SVG2
 from vdit_ext.video import read_video, viewing_scale
 
 TINY = Path(__file__).with_name("vdit_cli_tiny.py")
 KEYS = {
-    "method", "density", "density_overall", "psnr", "ssim", "identical", "seconds", "seconds_dense", "speedup",
+    "method", "density", "density_sparse_layers", "density_overall", "psnr", "ssim", "identical", "seconds", "seconds_dense", "speedup",
     "settings", "frames_sha256", "prompt", "seed", "steps", "guidance", "model", "frames", "height", "width", "fps",
     "machine", "versions", "out", "sheet",
 }  # fmt: skip
@@ -36,7 +39,7 @@ def test_writes_clip_and_sheet_and_ends_with_one_line(vdit, tmp_path, method):
     out = tmp_path / "clip.mp4"
     result = vdit(*arguments(out, "--method", method))
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.count("\n") == 1 and result.stdout.startswith(f"{method}: ")
+    assert result.stdout.count("\n") == 1 and result.stdout.startswith(f"{method} on the toy model: ")
     clip, fps = read_video(out)
     scale = viewing_scale(SIZE, SIZE)
     assert clip.shape == (FRAMES, SIZE * scale, SIZE * scale, 3) and fps == FPS
@@ -48,9 +51,12 @@ def test_writes_clip_and_sheet_and_ends_with_one_line(vdit, tmp_path, method):
 
 
 def test_line_has_density_quality_and_both_times(vdit, tmp_path):
-    line = vdit(*arguments(tmp_path / "clip.mp4", "--method", "svg1", "--density", "0.4")).stdout
-    for part in ("% of attention in sparse steps", "% overall", "PSNR", "dB", "SSIM", "dense"):
-        assert part in line
+    line = vdit(*arguments(tmp_path / "clip.mp4", "--method", "draft", "--density", "0.4")).stdout
+    assert re.fullmatch(
+        r"draft on the toy model: density 0\.\d{3} in sparse steps, 0\.\d{3} overall; "
+        r"PSNR \d+\.\d\d dB, SSIM 0\.\d{4} against dense; \d+\.\d\d? s, dense \d+\.\d\d? s\n",
+        line,
+    ), line
 
 
 def test_json_is_one_object_with_the_documented_keys(vdit, tmp_path):
@@ -59,7 +65,7 @@ def test_json_is_one_object_with_the_documented_keys(vdit, tmp_path):
     assert set(record) == KEYS
     assert 0 < record["density"] <= 1 and record["density"] <= record["density_overall"] <= 1
     assert record["psnr"] > 10 and 0 < record["ssim"] <= 1 and record["identical"] is False
-    assert record["settings"]["num_q_clusters"] == 64
+    assert record["settings"]["num_q_clusters"] == SVG2.preset("toy").num_q_clusters
     assert (record["frames"], record["height"], record["width"]) == (FRAMES, SIZE, SIZE)
 
 
@@ -194,6 +200,57 @@ def test_a_failure_leaves_what_was_there(vdit, tmp_path, monkeypatch):
         and result.stderr.splitlines()[-1].startswith("vdit: ")
     )
     assert out.read_bytes() == b"an earlier clip" and [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_a_defect_of_a_method_is_a_failure_and_has_a_traceback(vdit, tmp_path, monkeypatch):
+    def plan(*_args, **_kwargs):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(SVG2, "plan", plan)
+    monkeypatch.setenv("VDIT_DEBUG", "1")
+    result = vdit(*arguments(tmp_path / "clip.mp4"))
+    assert result.exit_code == 1 and "internal failure, ValueError: a defect" in result.stderr
+    assert "Traceback" in result.stderr and "in plan" in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_what_the_kernels_cannot_serve_and_only_the_call_shows_is_refused(vdit, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(processors, "kernel_gap", lambda *_: "head_dim must be 64, got 72")
+    refused(vdit(*arguments(tmp_path / "clip.mp4", "--quiet")), "head_dim must be 64")
+
+
+def test_a_defect_while_loading_is_a_failure(vdit, tmp_path, monkeypatch):
+    def fail():
+        raise ImportError("a defect")
+
+    monkeypatch.setattr(compare.ToySampler, "load", fail)
+    assert vdit(*arguments(tmp_path / "clip.mp4")).exit_code == 1
+
+
+def test_a_refusal_shows_where_it_comes_from_under_debug(vdit, tmp_path, monkeypatch):
+    monkeypatch.setenv("VDIT_DEBUG", "1")
+    result = vdit(*arguments(tmp_path / "clip.mp4", "--top-p", "3"))
+    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith("vdit: ")
+    # The refusal and the ValueError behind it.
+    assert result.stderr.count("Traceback") == 2 and "__post_init__" in result.stderr
+
+
+def test_a_missing_package_is_named_before_sampling(vdit, tiny, refused, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    refused(vdit(*arguments(tmp_path / "clip.mp4")), " av;", "pip install 'vdit-ext[video]'")
+    assert tiny.calls == 0 and not list(tmp_path.iterdir())
+
+
+def test_a_toy_pipeline_without_diffusers_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.delitem(sys.modules, "vdit_ext.toyworld.pipeline", raising=False)
+    monkeypatch.delattr(toyworld, "pipeline", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'vdit-ext\[video\]'"):
+        toyworld.load_pipeline  # noqa: B018
+
+
+def test_fps_is_that_of_the_clip(vdit, tmp_path):
+    record = json.loads(vdit(*arguments(tmp_path / "clip.mp4", "--fps", "12.5", "--json")).stdout)
+    assert record["fps"] == 12.5 and read_video(tmp_path / "clip.mp4")[1] == 12.5
 
 
 def test_interruption_in_the_middle_leaves_nothing(vdit, tiny, tmp_path, monkeypatch):

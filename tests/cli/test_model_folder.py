@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -78,6 +79,28 @@ def test_clip_from_a_folder(folder, tmp_path):
     assert (record["frames"], record["height"], record["width"], record["fps"]) == (5, 32, 48, 16)
     assert 0 < record["density"] <= 1 and record["seconds_dense"] > 0
     assert read_video(tmp_path / "clip.mp4")[0].shape[0] == 5
+
+
+def test_fps_is_16_unless_given(folder, tmp_path):
+    from vdit_ext.cli import options
+    from vdit_ext.cli.console import Reporter
+
+    for given, expected in ((None, 16), (24.0, 24.0)):
+        sampler = options.load_sampler(folder, None, "cpu", Reporter(quiet=True), fps=given)
+        assert sampler.fps == expected
+
+
+def test_a_missing_accelerate_is_said_before_loading(folder, tmp_path, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    refused(generate(folder, tmp_path / "clip.mp4"), " accelerate;", "pip install 'vdit-ext[video]'")
+
+
+def test_what_the_pipeline_refuses_is_refused_before_sampling(folder, tmp_path, refused, monkeypatch):
+    def check_inputs(_self, prompt, height, width, guidance_scale_2=None):
+        raise ValueError(f"not {prompt} of {height} by {width}, {guidance_scale_2}")
+
+    monkeypatch.setattr(WanPipeline, "check_inputs", check_inputs)
+    refused(generate(folder, tmp_path / "clip.mp4"), "not a cat of 480 by 832, None")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from vdit_ext import video
 
@@ -70,6 +71,28 @@ def test_psnr_agrees_with_its_formula():
     found = video.quality(noisy, clip)
     assert math.isclose(found.psnr, 10 * math.log10(255**2 / error), abs_tol=1e-3)
     assert 0 < found.ssim < 1 and not found.identical
+
+
+@pytest.mark.parametrize("frames_at_once", [1, 2, 5])
+def test_quality_does_not_depend_on_how_many_frames_are_compared_at_once(monkeypatch, frames_at_once):
+    image = pytest.importorskip("torchmetrics.functional.image")
+    clip = moving_square()
+    noisy = clip ^ np.random.default_rng(0).integers(0, 32, clip.shape, np.uint8)
+    ours, theirs = (torch.from_numpy(c).permute(0, 3, 1, 2).float() for c in (noisy, clip))
+    monkeypatch.setattr(video, "_CHUNK", frames_at_once * clip.shape[1] * clip.shape[2])
+    seen = []
+    whole = image.structural_similarity_index_measure
+
+    def one_chunk(*arguments, **settings):
+        seen.append(len(arguments[0]))
+        return whole(*arguments, **settings)
+
+    monkeypatch.setattr(image, "structural_similarity_index_measure", one_chunk)
+    found = video.quality(noisy, clip)
+    assert max(seen) == frames_at_once and sum(seen) == len(clip)
+    assert math.isclose(found.ssim, float(whole(ours, theirs, data_range=255.0)), abs_tol=1e-6)
+    expected = float(image.peak_signal_noise_ratio(ours, theirs, data_range=255.0))
+    assert math.isclose(found.psnr, expected, abs_tol=1e-4)
 
 
 def test_identical_clips():

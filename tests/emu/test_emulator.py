@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from emu.toolchain import CSRC, MissingTool, build_emulated, compile_object, header_flags, run_emulated
-
-KERNELS = Path(__file__).resolve().parent / "kernels"
-ORDERS = ["forward", "reverse", "random:1", "random:2"]
-
-
-def built(name: str, **options) -> Path:
-    try:
-        return build_emulated(KERNELS / name, **options)
-    except MissingTool as reason:
-        if os.environ.get("VDIT_REQUIRE_EMU") == "1":
-            pytest.fail(str(reason))
-        pytest.skip(str(reason))
+from emu_programs import KERNELS, ORDERS, built, run_sanitized
+from emu_toolchain import CORE, CSRC, compile_object, header_flags, run_emulated
 
 
 @pytest.fixture(scope="session")
@@ -114,20 +102,6 @@ def line_of(text: str) -> int:
     return number
 
 
-def run_sanitized(program: Path, *arguments: str, order: str = "forward"):
-    done = run_emulated(
-        program, *arguments, order=order, TSAN_OPTIONS="exitcode=66", ASAN_OPTIONS="exitcode=66"
-    )
-    if "unexpected memory mapping" in done.stderr and shutil.which("setarch"):
-        # gcc 12's ThreadSanitizer does not know newer kernels' address layout; without randomisation it fits.
-        command = ["setarch", "-R", str(program), *arguments]
-        env = {**os.environ, "VDIT_EMU_ORDER": order, "TSAN_OPTIONS": "exitcode=66"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-    if "unexpected memory mapping" in done.stderr:
-        pytest.skip("ThreadSanitizer does not run under this kernel's address layout")
-    return done
-
-
 @pytest.mark.parametrize("sanitize", ["address", "thread"])
 def test_right_kernels_are_silent_under_a_sanitizer(sanitize):
     program = built("instructions.cu", sanitize=sanitize)
@@ -154,10 +128,7 @@ def test_thread_sanitizer_names_the_missing_barrier():
 def test_portable_switch_works_too(tmp_path):
     """Where there is no assembly for the machine, ucontext switches the stacks."""
     kernel = compile_object(KERNELS / "switch.cpp", ["-std=c++20", "-O1", "-DVDIT_EMU", f"-I{CSRC}"])
-    core = [
-        compile_object(CSRC / "emu" / name, ["-std=c++20", "-O1", "-DVDIT_EMU_UCONTEXT"])
-        for name in ("block.cpp", "fiber.cpp")
-    ]
+    core = [compile_object(CSRC / "emu" / name, ["-std=c++20", "-O1", "-DVDIT_EMU_UCONTEXT"]) for name in CORE]
     program = tmp_path / "switch"
     subprocess.run(["g++", *map(str, [kernel, *core]), "-o", str(program)], check=True)
     assert run_emulated(program, order="random").stdout == "ok\n"
@@ -167,5 +138,19 @@ def test_portable_switch_works_too(tmp_path):
 @pytest.mark.parametrize(("kernel", "standard"), [("gemm.cu", "c++17"), ("instructions.cu", "c++20")])
 def test_nvcc_builds_the_same_source(kernel, standard):
     flags = [f"-std={standard}", "-arch=sm_80", "--expt-relaxed-constexpr", "-DVDIT_TEST_BF16_ONLY"]
-    flags += [flag.replace("-isystem", "-I") for flag in header_flags()[:2]]  # nvcc brings CUDA's own
+    flags += [flag.replace("-isystem", "-I") for flag in header_flags(with_cuda=False)]
     compile_object(KERNELS / kernel, flags, compiler="nvcc")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("aligned", "launched"),
+        ("pointer", "must start at multiples of 16 bytes"),
+        ("stride", "must start at multiples of 16 bytes"),
+        ("heads", "must start at multiples of 16 bytes"),
+        ("dtype", "must be fp16 or bf16"),
+    ],
+)
+def test_embedders_are_told_of_rows_that_the_kernel_cannot_load(given, told):
+    assert told in run_emulated(built("misaligned.cu"), given).stdout

@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import subprocess
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -13,6 +17,7 @@ from torch import nn
 
 diffusers = pytest.importorskip("diffusers")
 
+from cases.methods import Banded  # noqa: E402
 from diffusers import (  # noqa: E402
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
@@ -22,13 +27,44 @@ from diffusers import (  # noqa: E402
 )
 from diffusers.hooks import HookRegistry  # noqa: E402
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry  # noqa: E402
-from integrations.methods import Banded, ShareGated  # noqa: E402
 
+import vdit_ext  # noqa: E402
+from vdit_ext import ops  # noqa: E402
 from vdit_ext.integrations import accelerate, explain, handle_of, load_pipeline  # noqa: E402
-from vdit_ext.sparse import SVG1, SVG2, DraftAttention  # noqa: E402
+from vdit_ext.integrations.root_hook import StepCounter  # noqa: E402
+from vdit_ext.sparse import SVG1, SVG2, BlockPlan, DraftAttention  # noqa: E402
+from vdit_ext.sparse.gate import is_dense_step  # noqa: E402
 from vdit_ext.sparse.plan import TokenLayout  # noqa: E402
+from vdit_ext.sparse.state import LayerState, note_density  # noqa: E402
 
 TEXT = 12
+
+
+@dataclass(frozen=True)
+class ShareGated(Banded):
+    """Dense for the first half of the steps, whose number it must therefore know."""
+
+    name: ClassVar[str] = "share"
+
+    def is_dense(self, info, layer):
+        return is_dense_step(info, 0.5, None, self.name)
+
+
+@dataclass(frozen=True)
+class Logging(Banded):
+    """Keeps a log of its densities, as the methods of the package do."""
+
+    name: ClassVar[str] = "logging"
+
+    def new_state(self, layer, num_layers):
+        state = LayerState(layer, num_layers)
+        state.resets = 0
+        return state
+
+    def plan(self, q, k, layout, state):
+        plan = super().plan(q, k, layout, SimpleNamespace(handle=torch.zeros(1), tokens_permuted=True))
+        note_density(plan, layout, state)
+        return plan
 
 
 @pytest.fixture(autouse=True)
@@ -416,6 +452,7 @@ def test_regional_compile_makes_two_graphs(method):
     with fresh_compiler(), accelerate(model, sparse=method, num_inference_steps=12) as handle:
         calls = [inputs(timestep=t, seed=seed) for t in times for seed in (0, 1)]
         eager = [run(model, **given) for given in calls]
+        eager_stats = handle.stats()
         handle.reset(stats=True)
         model.compile_repeated_blocks(fullgraph=True, backend=counter)
         for given, want in zip(calls, eager, strict=True):
@@ -424,6 +461,8 @@ def test_regional_compile_makes_two_graphs(method):
     assert counter.graphs <= 2
     assert stats["dense_calls"] > 0 and stats["sparse_calls"] > 0
     assert stats["dense_calls"] + stats["sparse_calls"] == 12 * 12 * 2
+    for figure in ("density", "density_steps", "density_overall"):
+        assert stats[figure] == pytest.approx(eager_stats[figure], rel=1e-3)
 
 
 @pytest.mark.slow
@@ -581,6 +620,30 @@ def test_one_step_videos_are_told_apart():
     assert [call.branch for call in method.calls] == ["cond"] * 3
 
 
+def test_an_exchanged_scheduler_is_followed():
+    pipe, method = tiny_pipeline(), ShareGated()
+    with accelerate(pipe, sparse=method) as handle:
+        sample(pipe, steps=2, guidance_scale=1.0)
+        handle.reset(stats=True)
+        pipe.scheduler = UniPCMultistepScheduler.from_config(
+            pipe.scheduler.config, use_flow_sigmas=True, flow_shift=5.0
+        )
+        sample(pipe, steps=6, guidance_scale=1.0)
+        assert handle.stats()["dense_calls"] == handle.stats()["sparse_calls"] == 2 * 3
+        assert handle.explain()[0]["dense_steps"] == "0-2 of 6"
+    assert [(call.step, call.num_steps) for call in method.calls[2:]] == [(step, 6) for step in range(6)]
+
+
+def test_the_tail_of_a_schedule_is_counted():
+    """Video-to-video pipelines run a part of the steps that they, and accelerate, are given."""
+    scheduler = SimpleNamespace(timesteps=torch.arange(1000.0, 0.0, -100.0), num_inference_steps=10)
+    counter = StepCounter(10, SimpleNamespace(scheduler=scheduler, num_timesteps=8))
+    counter.advance(800.0)
+    assert (counter.step, counter.num_steps, counter.timesteps[0]) == (0, 8, 800.0)
+    with refused("num_inference_steps must be what the pipeline runs, which is 8, got 9"):
+        StepCounter(9, counter._pipeline).advance(800.0)
+
+
 def test_multistep_scheduler():
     pipe, method = (
         tiny_pipeline(scheduler=UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=5.0)),
@@ -647,7 +710,14 @@ def test_pipeline_folder_round_trip(tmp_path):
     assert torch.equal(movie(loaded), want)
     with accelerate(loaded, sparse=Banded(dense_steps=1)):
         assert_same(movie(loaded), want, 1e-3)
-    half = load_pipeline(tmp_path / "wan", dtype=torch.bfloat16).transformer.blocks[0]
+    narrow = load_pipeline(tmp_path / "wan", dtype=torch.bfloat16)
+    assert narrow.text_encoder.dtype == torch.bfloat16 and narrow.vae.dtype == torch.float32
+    narrow.set_progress_bar_config(disable=True)
+    seen = []
+    narrow.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    assert movie(narrow).isfinite().all()
+    assert set(seen) == {torch.float32}
+    half = narrow.transformer.blocks[0]
     assert half.attn1.to_q.weight.dtype == torch.bfloat16
     assert half.scale_shift_table.dtype == torch.float32  # the class keeps it so
 
@@ -870,6 +940,18 @@ def test_explain_leaves_out_what_a_cache_answered():
         pipe.transformer.disable_cache()
 
 
+def test_explain_tells_the_device_that_ran(monkeypatch):
+    """Between calls, offloaded weights lie on another device than the kernels ran on."""
+    model = tiny_wan()
+    with accelerate(model, sparse=Banded()):
+        elsewhere = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+        monkeypatch.setattr("vdit_ext.integrations.diffusers._weight", lambda attn: elsewhere)
+        assert explain(model)[0]["backend"] == "none"
+        run(model, **inputs())
+        row = explain(model)[0]
+    assert row["backend"] == "cpu" and row["reason"] == "head_dim and dtype are served by the cpu kernels"
+
+
 def test_explain_without_a_method_or_steps():
     model = tiny_wan(layers=1)
     with accelerate(model):
@@ -878,11 +960,87 @@ def test_explain_without_a_method_or_steps():
         assert explain(model)[0]["dense_steps"] == "unknown, no number of steps"
 
 
+def test_densities_of_sparse_calls_of_sparse_steps_and_of_all():
+    """One of three layers stays dense in the three sparse steps of four."""
+    model = tiny_wan(layers=3)
+    with accelerate(model, sparse=Banded(keep=0.5, dense_steps=1, dense_layers=1)) as handle:
+        for timestep in (900.0, 700.0, 500.0, 300.0):
+            for _ in range(2):
+                run(model, **inputs(timestep=timestep))
+        stats = handle.stats()
+        kept = stats["density"]
+        assert 0.4 < kept < 0.6 and (stats["sparse_calls"], stats["dense_calls"]) == (12, 12)
+        assert stats["density_steps"] == pytest.approx((1 + 2 * kept) / 3)
+        assert stats["density_overall"] == pytest.approx((1 + kept) / 2)
+        assert [row["density_steps"] for row in stats["layers"]] == pytest.approx([1, kept, kept])
+        assert [row["density_overall"] for row in stats["layers"]] == pytest.approx(
+            [1, *[(1 + 3 * kept) / 4] * 2]
+        )
+        assert math.isnan(stats["layers"][0]["density"])
+        handle.reset(stats=True)
+        run(model, **inputs())
+        stats = handle.stats()
+        assert math.isnan(stats["density_steps"]) and stats["density_overall"] == 1
+
+
+def test_steps_that_a_policy_makes_dense_are_no_sparse_steps():
+    model = tiny_wan(head_dim=12)
+    with accelerate(model, sparse=Banded(keep=0.3, dense_layers=1), on_unsupported="dense") as handle:
+        run(model, **inputs())
+        assert math.isnan(handle.stats()["density_steps"]) and handle.stats()["density_overall"] == 1
+
+
+class Calls:
+    """Counts the calls of a function that it takes the place of."""
+
+    def __init__(self, monkeypatch, owner, name: str):
+        self.count = 0
+        function = getattr(owner, name)
+
+        def counted(*args, **kwargs):
+            self.count += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+
+def test_density_is_computed_once_a_call(monkeypatch):
+    counted = Calls(monkeypatch, BlockPlan, "kept_pairs")
+    settings = dict(num_q_clusters=4, num_k_clusters=6, iter_init=1, dense_step_fraction=0.0)
+    for method in (SVG2(**settings), Logging(keep=0.5), Banded(keep=0.5)):
+        counted.count = 0
+        model = tiny_wan()
+        with accelerate(model, sparse=method) as handle:
+            run(model, **inputs())
+            assert handle.stats()["sparse_calls"] == counted.count == 2, method.name
+
+
+def test_density_is_not_computed_when_nobody_asks(monkeypatch):
+    counted = Calls(monkeypatch, BlockPlan, "kept_pairs")
+    for method in (Logging(keep=0.5), Banded(keep=0.5)):
+        model = tiny_wan()
+        with accelerate(model, sparse=method, collect_stats=False):
+            run(model, **inputs())
+    assert counted.count == 0
+
+
+def test_lse_is_not_permuted(monkeypatch):
+    counted = Calls(monkeypatch, ops, "unpermute_rows")
+    model = tiny_wan()
+    with accelerate(model, sparse=Banded(keep=0.5, shuffle=True)):
+        model._diffusers_hook.get_hook("vdit_ext").hoist = False
+        run(model, **inputs())
+    assert counted.count == 2
+
+
 def test_statistics_can_be_off_and_cleared():
     model, given = tiny_wan(), inputs()
     with accelerate(model, sparse=Banded(), collect_stats=False) as handle:
         run(model, **given)
         assert handle.stats()["sparse_calls"] == 0 and math.isnan(handle.stats()["density"])
+    with accelerate(model, sparse=Banded(dense_layers=1), collect_stats=False) as handle:
+        run(model, **given)
+        assert math.isnan(handle.stats()["density_steps"]) and math.isnan(handle.stats()["density_overall"])
     with accelerate(model, sparse=Banded()) as handle:
         run(model, **given)
         handle.reset(stats=True)
@@ -921,11 +1079,38 @@ def test_refuses_an_unknown_class():
         accelerate(nn.Linear(2, 2), sparse=Banded())
     with refused("a diffusers transformer, or a pipeline that holds one, is expected, got int", TypeError):
         accelerate(3, sparse=Banded())
+    for thing in (3, nn.Linear(2, 2)):
+        with refused("^vdit_ext.explain: ", TypeError):
+            explain(thing)
+
+
+def test_names_in_sentences_exist():
+    assert vdit_ext.load_pipeline is load_pipeline and "load_pipeline" in vdit_ext.__all__
+    code = "import sys; sys.modules['diffusers'] = None; import vdit_ext.integrations as i; i.handle_of"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ImportError: vdit_ext.integrations.handle_of: diffusers is expected to be installed" in done.stderr
 
 
 def test_refuses_what_is_no_method():
     with refused("sparse must be a method of vdit_ext.sparse, got object", TypeError):
         accelerate(tiny_wan(), sparse=object())
+    with refused(r"must be a method with its settings, got the class SVG2; make one with SVG2\(\)", TypeError):
+        accelerate(tiny_wan(), sparse=SVG2)
+
+
+def test_a_fault_of_a_method_stays_what_it_is():
+    class Faulty(Banded):
+        def is_dense(self, info, layer):
+            return len(layer) > 0
+
+    model = tiny_wan()
+    before = snapshot(model)
+    with refused("object of type 'int' has no len", TypeError):
+        accelerate(model, sparse=Faulty())
+    assert_snapshot(model, before)
+    pipe = tiny_pipeline()
+    with accelerate(pipe, sparse=Faulty()), refused("object of type 'int' has no len", TypeError):
+        run(pipe.transformer, **inputs())
 
 
 def test_refuses_an_unknown_policy():
@@ -936,6 +1121,18 @@ def test_refuses_an_unknown_policy():
 def test_refuses_a_number_of_steps_below_one():
     with refused("num_inference_steps must be at least 1, got 0"):
         accelerate(tiny_wan(), sparse=Banded(), num_inference_steps=0)
+
+
+def test_refuses_another_number_of_steps_than_the_pipeline_runs():
+    pipe = tiny_pipeline()
+    sample(pipe, steps=6)
+    with accelerate(pipe, sparse=Banded(dense_steps=1), num_inference_steps=4) as handle:
+        assert handle.explain()[0]["dense_steps"] == "0 of 4"  # not of the earlier 6
+        for _ in range(2):
+            with refused("num_inference_steps must be what the pipeline runs, which is 3, got 4; leave it out"):
+                sample(pipe, steps=3)
+        sample(pipe, steps=4, guidance_scale=1.0)
+        assert handle.stats()["sparse_calls"] == 2 * 3
 
 
 def test_refuses_to_accelerate_twice():
@@ -1173,6 +1370,10 @@ def test_load_pipeline_refuses(tmp_path, monkeypatch):
     index.write_text('{"_class_name": "MyPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}')
     with refused("must hold a pipeline class of diffusers .*, got MyPipeline"):
         load_pipeline(tmp_path)
+    for name, source in (("WanImageToVideoPipeline", "image"), ("WanVideoToVideoPipeline", "video")):
+        index.write_text(f'{{"_class_name": "{name}", "transformer": ["diffusers", "WanTransformer3DModel"]}}')
+        with refused(f"must hold a pipeline that starts from text alone, .*, got {name}, which takes {source}"):
+            load_pipeline(tmp_path)
     index.write_text('{"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}')
     monkeypatch.setattr("vdit_ext.integrations.folder.is_accelerate_available", lambda: True)
     with refused("could not be loaded: "):

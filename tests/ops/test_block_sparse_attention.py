@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from cases import attention as cases
 from torch.nn.functional import scaled_dot_product_attention
 
+import vdit_ext
 from vdit_ext.ops.attention import (
     block_sparse_attention_naive,
     lists_from_mask,
@@ -14,6 +20,7 @@ from vdit_ext.ops.attention import (
 )
 from vdit_ext.testing import TOLERANCE, assert_close, generator
 
+BACKENDS = ("cpu", "emu", "emu_sm90", "cuda")
 LSE_TOLERANCE = 1e-5
 
 
@@ -43,7 +50,8 @@ def check(backend, inputs):
 
 def rounding_of_logits(inputs) -> float:
     """fp32 rounding unit of the largest logit, at most the bound on the relative error of a weight."""
-    scale = inputs.kwargs["scale"] or inputs.q.shape[-1] ** -0.5
+    scale = inputs.kwargs["scale"]
+    scale = inputs.q.shape[-1] ** -0.5 if scale is None else abs(scale)
     largest = (inputs.q.float() @ inputs.k.float().transpose(-1, -2)).abs().max() if inputs.q.numel() else 0.0
     return float(largest) * scale * 2**-23
 
@@ -108,6 +116,7 @@ def test_nan_and_inf_stay_in_the_rows_that_see_them(backend, bad, which, kv_bloc
     getattr(inputs, which)[0, 1, 77, 3] = bad
     out, lse = run(backend, inputs)
     expected, expected_lse = block_sparse_attention_naive(*inputs.args, **inputs.kwargs)
+    out, lse = out.cpu(), lse.cpu()
     touched = ~(expected.isfinite().all(-1) & expected_lse.isfinite())
     if which == "q":
         allowed = torch.zeros_like(touched)
@@ -116,11 +125,26 @@ def test_nan_and_inf_stay_in_the_rows_that_see_them(backend, bad, which, kv_bloc
         allowed = rows_that_see(inputs, head=1, key=77)
     assert not (touched & ~allowed).any()
     same = ~allowed
-    assert torch.equal(out.cpu()[same], clean.cpu()[same]), "a row that does not see the bad value changed"
-    # Where the definition is finite or NaN, so is the kernel; Inf in v may meet a weight that rounds to 0.
-    if not (which == "v" and bad != bad):
-        return
-    assert_close(out, expected, what="out")
+    assert torch.equal(out[same], clean.cpu()[same]), "a row that does not see the bad value changed"
+    if which == "v":
+        # Inf in v may meet a weight that rounds to 0, which the definition in fp64 does not.
+        assert not out[..., 3][allowed].isfinite().any()
+    else:
+        # A key of score -Inf weighs nothing; every other bad score is NaN through the whole row.
+        spoilt = allowed
+        if which == "k":
+            spoilt = allowed & ~(inputs.q[..., 3].float() * bad == -torch.inf)
+        assert spoilt.any() and out[spoilt].isnan().all(), "the bad value was swallowed"
+        assert not lse[spoilt].isfinite().any()
+    if which != "v" or bad != bad:
+        assert_close(out, expected, what="out")
+
+
+def test_a_bad_key_that_all_rows_see_spoils_them_all(backend):
+    inputs = cases.make_attention(cases.C("all_bad", seqlen_kv=190, kv_block=64, density=1.0), torch.bfloat16)
+    inputs.k[:, :, 177] = torch.nan
+    out, lse = run(backend, inputs)
+    assert out.isnan().all() and lse.isnan().all()
 
 
 def rows_that_see(inputs, head, key):
@@ -294,11 +318,26 @@ def test_refuses_head_dim(backend):
 def test_refuses_misaligned_rows_in_cuda_code(backend):
     if not backend.is_cuda_code:
         pytest.skip("the CPU kernels take any alignment")
-    inputs = simple()
-    b, h, s, d = inputs.q.shape
-    inputs.q = torch.zeros(b * h * s * d + 1, dtype=torch.bfloat16)[1:].view(b, h, s, d)
-    with pytest.raises(RuntimeError, match="q must have rows aligned to 16 bytes on CUDA"):
-        run(backend, inputs)
+    shape = simple().q.shape
+    # Made where it is used: a copy to a device would be aligned.
+    base = torch.zeros(shape.numel() + 16, dtype=torch.bfloat16, device=backend.device)
+    gapped = torch.zeros(*shape[:3], shape[3] + 4, dtype=torch.bfloat16, device=backend.device)
+    for q in (base[1 : shape.numel() + 1].view(shape), gapped[..., : shape[3]]):
+        inputs = simple().to(backend.device)
+        inputs.q = q
+        with pytest.raises(RuntimeError, match="q must have rows aligned to 16 bytes on CUDA"):
+            run(backend, inputs)
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd", "sliced"])
+def test_inputs_keep_their_gaps_on_any_device(layout):
+    inputs = cases.make_attention(cases.C("lies", layout=layout, lists="broadcast"), torch.bfloat16)
+    moved = inputs.to("meta")
+    for here, there in zip(inputs.args, moved.args, strict=True):
+        assert there.device.type == "meta" and there.dtype == here.dtype and there.shape == here.shape
+        assert there.stride() == here.stride() and there.storage_offset() == here.storage_offset()
+    assert layout != "sliced" or (inputs.q.storage_offset() > 0 and inputs.q.stride(2) > 2 * 64)
+    assert inputs.to("cpu").q.data_ptr() == inputs.q.data_ptr()
 
 
 def test_refuses_mixed_devices():
@@ -347,18 +386,69 @@ def test_64_bit_offsets_symbolically():
     assert out.stride() == q.stride()
 
 
-def test_64_bit_offsets_for_real_on_cpu():
-    """A key tensor whose last head begins beyond 2^31 elements, mapped lazily: only touched pages exist."""
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("step", ["head", "row"])
+def test_64_bit_offsets_for_real(backend, which, step):
+    """A tensor whose last head, or last row, begins beyond 2^31 elements.
+
+    4 GiB on a GPU; on the CPU they are mapped lazily, so that only touched pages exist.
+    """
     heads, length, dim = 2, 40, 64
-    gap = 2**31 + 4096
-    storage = torch.UntypedStorage(2 * (gap + length * dim * 8))
-    base = torch.empty(0, dtype=torch.bfloat16).set_(storage)
-    k = base.as_strided((1, heads, length, dim), (0, gap, dim, 1))
-    q = torch.randn(1, heads, length, dim, generator=generator(1)).bfloat16()
-    k.copy_(torch.randn(1, heads, length, dim, generator=generator(2)))
+    far = 2**31 + 4096
+    if backend.device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("cuda: less than 6 GiB of GPU memory are free")
+    storage = torch.UntypedStorage(2 * (far + 8 * length * dim), device=backend.device)
+    base = torch.empty(0, dtype=torch.bfloat16, device=backend.device).set_(storage)
+    # Strides of rows are multiples of 16 bytes; the last row begins a little beyond 2^31 in either case.
+    strides = (0, far, dim, 1) if step == "head" else (0, dim, far // (length - 1) // 8 * 8, 1)
+    tensors = [torch.randn(1, heads, length, dim, generator=generator(i)).bfloat16() for i in range(3)]
     one = torch.ones(1, 1, 1, dtype=torch.int32)
-    out, _ = torch.ops.vdit.block_sparse_attention(q, k, k, one, torch.zeros_like(one)[..., None])
-    expected, _ = block_sparse_attention_naive(
-        q, k.contiguous(), k.contiguous(), one, torch.zeros_like(one)[..., None]
-    )
+    lists = one, torch.zeros_like(one)[..., None]
+    expected, _ = block_sparse_attention_naive(*tensors, *lists)
+    inputs = [t.to(backend.device) for t in tensors]
+    place = "qkv".index(which)
+    inputs[place] = base.as_strided((1, heads, length, dim), strides).copy_(inputs[place])
+    offset = (heads - 1) * strides[1] + (length - 1) * strides[2]
+    assert 2**31 < offset < 2**31 + 2 * far // length
+    out, _ = backend.ops.block_sparse_attention(*inputs, *(t.to(backend.device) for t in lists))
     assert_close(out, expected)
+
+
+# --- what only a GPU needs to be asked for -------------------------------------------------------------------
+
+CHECKED = """
+import torch
+from cases import attention as cases
+import vdit_ext
+
+inputs = cases.make_attention(cases.C("simple", density=1.0), torch.bfloat16).to("cuda")
+out, _ = torch.ops.vdit.block_sparse_attention(*inputs.args, **inputs.kwargs)
+assert out.isfinite().all()
+inputs.kv_indices += 1
+try:
+    out, lse = torch.ops.vdit.block_sparse_attention(*inputs.args, **inputs.kwargs)
+    print("nan" if out.isnan().all() and lse.isnan().all() else "not nan")
+except RuntimeError as error:
+    print(str(error).splitlines()[0])
+"""
+
+
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        ("1", "vdit::block_sparse_attention: kv_indices must be in 0..1, got 2 for query block 0"),
+        ("0", "nan"),
+        ("", "nan"),
+    ],
+)
+def test_plans_are_checked_on_a_gpu_on_request(value, said):
+    """VDIT_CHECK_PLANS, which is read once a process; the CPU and the emulator check always."""
+    if not torch.cuda.is_available() or vdit_ext.ops.LIBRARIES["cuda"] != "loaded":
+        pytest.skip("cuda: only a GPU leaves lists unchecked, and there is none here or no library for it")
+    folders = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "VDIT_CHECK_PLANS": value, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    if not value:
+        del env["VDIT_CHECK_PLANS"]
+    done = subprocess.run([sys.executable, "-c", CHECKED], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == said

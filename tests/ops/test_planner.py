@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
+from cases.attention import OPS, as_it_lies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +19,7 @@ quick = settings(max_examples=25, deadline=None, suppress_health_check=list(Heal
 
 
 def on(backend, *tensors):
-    return [t.to(backend.device) for t in tensors]
+    return [as_it_lies(t, backend.device) for t in tensors]
 
 
 def rows(*shape, seed=0, dtype=torch.float32, layout="bshd"):
@@ -389,6 +392,75 @@ OPCHECKS = {
 @pytest.mark.parametrize("name", OPCHECKS)
 def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.vdit, name).default, OPCHECKS[name]())
+
+
+def forward_args(name):
+    """Arguments of an op for the gradient tests, floating ones asking for gradients."""
+    if name == "block_sparse_attention":
+        one = torch.ones(1, 1, 1, dtype=torch.int32)
+        args = (*(rows(1, 2, 20, 64, seed=i) for i in range(3)), one, torch.zeros_like(one)[..., None])
+    else:
+        args = OPCHECKS[name]()
+    return [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+
+
+def floats_of(result):
+    results = result if isinstance(result, tuple | list) else (result,)
+    return [t for t in results if t.is_floating_point()]
+
+
+def test_every_op_is_in_the_lists():
+    assert set(OPCHECKS) | {"block_sparse_attention"} == set(OPS)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_backward_is_refused_with_a_sentence(name):
+    args = forward_args(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = getattr(torch.ops.vdit, name)(*args)
+        for t in result if isinstance(result, tuple) else (result,):
+            # Integers cut the graph, as argmax does.
+            assert t.requires_grad == t.is_floating_point()
+        for t in floats_of(result):
+            with pytest.raises(
+                RuntimeError, match=f"^vdit::{name}: it has no backward yet; call it under torch.no_grad"
+            ):
+                t.sum().backward(retain_graph=True)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            again = getattr(torch.ops.vdit, name)(*args)
+        for t, first in zip(floats_of(again), floats_of(result), strict=True):
+            assert not t.requires_grad and torch.equal(t, first.detach())
+
+
+@pytest.mark.filterwarnings("ignore:Error detected in NoBackward")
+@pytest.mark.parametrize("name", OPS)
+def test_compiles_whole_with_gradients_off_and_refuses_them_on(name):
+    args = forward_args(name)
+    op = getattr(torch.ops.vdit, name)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
+    expected = op(*(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for t, e in zip(floats_of(compiled(*args)), floats_of(expected), strict=True):
+                assert torch.equal(t, e)
+    # Gradients are on, but nobody asks for any.
+    compiled(*(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
+    if floats_of(expected):
+        with pytest.raises(Exception, match=f"vdit::{name}: it has no backward yet"):
+            sum(t.sum() for t in floats_of(compiled(*args))).backward()
+    torch._dynamo.reset()
+
+
+def test_keyword_offsets_reach_the_op_when_gradients_are_asked_for():
+    x = rows(1, 2, 30, 64).requires_grad_()
+    offsets = torch.tensor([[[0, 7, 30]]], dtype=torch.int32)
+    out = torch.ops.vdit.mean_pool_blocks(x, offsets=offsets)
+    assert torch.equal(out.detach(), torch.ops.vdit.mean_pool_blocks(x.detach(), offsets=offsets))
+    with pytest.raises(RuntimeError, match="mean_pool_blocks: it has no backward yet"):
+        out.sum().backward()
 
 
 def test_planner_compiles_whole_with_dynamic_shapes():

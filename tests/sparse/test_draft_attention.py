@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from cases.sparse import count_graphs, masked_attention, rotary_tables, rows_of, tensors, turned
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse.sparse_reference import count_graphs, masked_attention, rows_of, tensors
 from torch import Tensor, nn
 
 from vdit_ext import ops
@@ -16,7 +16,6 @@ from vdit_ext.sparse import SHAPES, DraftAttention, SparseMethod, StepInfo, Toke
 from vdit_ext.sparse.draft_attention import PRESETS, count_kept
 from vdit_ext.sparse.flops import attention_flops, video_flops
 from vdit_ext.sparse.gate import flow_timesteps
-from vdit_ext.sparse.rope import apply_rope, rms_norm, rope_table
 from vdit_ext.sparse.scores import block_logits
 from vdit_ext.sparse.tiles import count_tiles, tile_offsets, tile_order
 
@@ -272,6 +271,10 @@ def test_draft_09_11_flat_row_keeps_something():
     assert (out[0, 0, tiles[5]].abs().amax(-1) > 0).all()
 
 
+def norm(x: Tensor) -> Tensor:
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+
 class ToyDiT(nn.Module):
     """Two layers of norm, self-attention with RoPE and a token-wise MLP."""
 
@@ -284,12 +287,17 @@ class ToyDiT(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: TokenLayout, method, states) -> Tensor:
         for (to_qkv, to_out, up, down), state in zip(self.layers, states, strict=True):
-            q, k, v = (rms_norm(x) @ to_qkv).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            q, k = (apply_rope(rms_norm(y) * 3, cos, sin, text_len=layout.text_len) for y in (q, k))
+            q, k, v = (norm(x) @ to_qkv).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            q, k = (self.rotate(norm(y) * 3, cos, sin) for y in (q, k))
             out, _ = method.plan(q, k, layout, state).attend(q, k, v)
             x = x + out.transpose(1, 2).flatten(2) @ to_out
-            x = x + torch.nn.functional.gelu(rms_norm(x) @ up) @ down
+            x = x + torch.nn.functional.gelu(norm(x) @ up) @ down
         return x
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The video rows; the text behind them stays as it is."""
+        video = len(cos)
+        return torch.cat([turned(x[:, :, :video], cos, sin).to(x.dtype), x[:, :, video:]], 2)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +309,7 @@ def test_draft_09_12_hoisted_permutation(layout):
     """Permuting once, before the first layer, equals permuting in every layer, on a toy DiT with RoPE."""
     model, method = ToyDiT(), DraftAttention(sparsity=0.7, **SMALL)
     x = torch.randn(2, layout.num_tokens, 32, generator=torch.Generator().manual_seed(1))
-    cos, sin = rope_table(layout.grid, 16)
+    cos, sin = rotary_tables(layout.grid, 16)
     states = [method.new_state(i, 2) for i in range(2)]
     expected = model(x, cos, sin, layout, method, states)
     order = method.token_order(layout).long()
@@ -452,11 +460,75 @@ def test_compiles_to_one_graph():
         (dict(parity="both"), "parity must be one of exact, code"),
         (dict(budget="layer"), "budget must be one of head, all_heads"),
         (dict(dense_layers=-1), "dense_layers must be at least 0, got -1"),
+        (dict(dense_layers=1.5), "DraftAttention: dense_layers must be a whole number, got 1.5"),
+        (dict(sparsity="0.9"), "DraftAttention: sparsity must be a number, got '0.9'"),
+        (dict(dense_above="925"), "DraftAttention: dense_above must be a number, got '925'"),
+        (dict(tile=[8, 0]), r"tile must be two sizes of at least 1 .*, got \(8, 0\)"),
+        (dict(tile=(8, 16.0)), r"tile must be two sizes .*, whole numbers, got \(8, 16.0\)"),
+        (dict(tile=8), "tile must be two sizes of at least 1 .*, got 8"),
+        (dict(tile="8x"), "tile must be two sizes of at least 1 .*, got '8x'"),
     ],
 )
 def test_bad_settings(given_, sentence):
     with pytest.raises(ValueError, match=sentence):
         DraftAttention(**given_)
+
+
+def test_a_tile_from_json_is_a_tuple():
+    method = DraftAttention(tile=[4, 4])
+    assert method == DraftAttention(tile=(4, 4)) and hash(method) == hash(DraftAttention(tile=(4, 4)))
+    assert method.tile == (4, 4)
+    make_plan(method, RAGGED)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("score", ["probability", "logit"])
+@pytest.mark.parametrize("parity", ["exact", "code"])
+@pytest.mark.parametrize("layout", [RAGGED, TokenLayout((2, 8, 8), 5, 3)], ids=str)
+def test_a_bad_key_breaks_no_other_tile(bad, score, parity, layout):
+    """Its tile is not chosen by rank; all other rows attend as they would without that tile's logits."""
+    method = DraftAttention(sparsity=0.6, parity=parity, score=score, **SMALL)
+    total, video = layout.num_tokens, layout.num_video
+    q, k, v = tensors(1, 2, total, 16)
+    k[0, 1, 31, 4] = bad
+    plan = method.plan(q, k, layout, method.new_state(0, 1)).validate(total, total)
+    mask = plan.token_mask(total, total)
+    kept = mask[0, 1, :video, :video].float().mean()
+    assert 0.25 < kept < 0.55, "the budget is still met"
+    out, lse = plan.attend(q, k, v)
+    touched = torch.zeros(1, 2, total, dtype=torch.bool)
+    touched[0, 1] = mask[0, 1, :, 31]
+    assert not touched[0, 1, :video].any()
+    assert out[~touched].isfinite().all()
+    assert torch.equal(lse.isinf(), ~mask.any(-1)), "rows are empty by the rule only"
+    # The other head is what it is without the bad value.
+    k[0, 1, 31, 4] = 0.0
+    expected = method.plan(q, k, layout, method.new_state(0, 1)).token_mask(total, total)
+    assert torch.equal(mask[0, 0], expected[0, 0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("score", ["probability", "logit"])
+@pytest.mark.parametrize("parity", ["exact", "code"])
+def test_a_bad_query_becomes_nan_and_its_tile_sees_everything(bad, score, parity):
+    method = DraftAttention(sparsity=0.6, parity=parity, score=score, **SMALL)
+    q, k, v = tensors(1, 2, RAGGED.num_tokens, 16)
+    clean = method.plan(q, k, RAGGED, method.new_state(0, 1)).token_mask(140, 140)
+    q[0, 1, 31] = bad
+    plan = method.plan(q, k, RAGGED, method.new_state(0, 1)).validate(140, 140)
+    mask = plan.token_mask(140, 140)
+    tile = next(t for t in algorithm_1(2, 7, 10, 4, 4) if 31 in t)
+    assert mask[0, 1, tile].all() and torch.equal(mask[0, 0], clean[0, 0])
+    others = [t for t in range(140) if t not in tile]
+    assert not mask[0, 1, others].all()
+    out, _ = plan.attend(q, k, v)
+    bad_rows = torch.zeros(1, 2, 140, dtype=torch.bool)
+    bad_rows[0, 1, 31] = True
+    assert out[bad_rows].isnan().all() and out[~bad_rows].isfinite().all()
+    # Nothing finite anywhere: everything is kept, and NaN comes out instead of zeros.
+    q[:], k[:] = torch.nan, torch.nan
+    out, _ = method.plan(q, k, RAGGED, method.new_state(0, 1)).attend(q, k, v)
+    assert out.isnan().all()
 
 
 def test_bad_inputs():

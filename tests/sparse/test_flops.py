@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import pytest
 import torch
 
 from vdit_ext import ops
-from vdit_ext.sparse import SHAPES, BlockPlan
+from vdit_ext.sparse import SHAPES, BlockPlan, flops
 from vdit_ext.sparse.flops import attention_flops, kmeans_flops, plan_flops, video_flops
 
 PETA = 1e15
@@ -57,6 +59,14 @@ def test_kmeans_cost_of_section_5():
     assert 50 * wan / dense == pytest.approx(0.43, abs=5e-3)
     hunyuan = kmeans_flops(118_800, 400, 1000, 3072) / attention_flops(118_800, 3072)
     assert 2 * hunyuan == pytest.approx(0.012, abs=5e-4) and 50 * hunyuan == pytest.approx(0.29, abs=5e-3)
+
+
+def test_the_example_of_the_module_runs():
+    code = textwrap.dedent(flops.__doc__.split("::")[-1].split("None of")[0])
+    names = vars(flops) | {"SHAPES": SHAPES}
+    exec(code, names)
+    assert 0.5 * names["dense"] < names["sparse"] < 0.55 * names["dense"]
+    assert all(callable(getattr(flops, name)) and getattr(flops, name).__doc__ for name in flops.__all__)
 
 
 def test_plan_flops_count_pairs_and_tiles():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases.sparse import tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse.sparse_reference import tensors
 
 from vdit_ext import ops
 from vdit_ext.sparse.kmeans import draw_centroids, inertia, kmeans
@@ -94,12 +94,74 @@ def test_half_precision_and_strided_rows():
         assert found.centroids.dtype == dtype and (found.sizes == 10).all()
 
 
+BAD_ROWS = [float("nan"), float("inf"), -float("inf")]
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS)
+@pytest.mark.parametrize("init", ["random", "kmeans++"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+def test_a_bad_row_holds_up_one_cluster_and_no_other(bad, init, dtype):
+    x = blobs(6, 15).to(dtype)
+    x[0, 1, 40, 3] = bad
+    found = kmeans(x, 6, num_iters=50, init=init, seed=3)
+    assert found.centroids.isfinite().all()
+    assert torch.equal(found.sizes.sum(-1), torch.tensor([[90, 90]], dtype=torch.int32))
+    assert torch.equal(found.sorted_idx.sort(-1).values[0, 1], torch.arange(90, dtype=torch.int32))
+    # The head without it is what it is without it, and so are this head's clusters that it is not in.
+    clean = kmeans(blobs(6, 15).to(dtype), 6, num_iters=50, init=init, seed=3)
+    assert torch.equal(found.labels[0, 0], clean.labels[0, 0])
+    assert torch.equal(found.centroids[0, 0], clean.centroids[0, 0])
+    home = int(found.labels[0, 1, 40])
+    good = torch.arange(90) != 40
+    for c in range(6):
+        members = x[0, 1][(found.labels[0, 1] == c) & good].float()
+        if c != home and len(members):
+            torch.testing.assert_close(found.centroids[0, 1, c].float(), members.mean(0), atol=0.1, rtol=1e-2)
+
+
+def test_starting_centroids_are_made_finite():
+    x = blobs(4, 10)
+    for init in ("random", "kmeans++"):
+        assert draw_centroids(torch.full_like(x, torch.nan), 4, init=init).isfinite().all()
+    given_ = x[:, :, :4].clone()
+    given_[0, 0, 1] = torch.nan
+    given_[0, 1, 2, 5] = -torch.inf
+    found = kmeans(x, 4, num_iters=3, centroids=given_)
+    assert found.centroids.isfinite().all()
+    expected = kmeans(x, 4, num_iters=3, centroids=given_.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+    assert torch.equal(found.labels, expected.labels)
+
+
+def test_kmeans_plus_plus_never_draws_a_bad_row_for_its_distance():
+    x = blobs(6, 15)
+    x[:, :, 7] = torch.inf
+    x[:, :, 50, 2] = torch.nan
+    start = draw_centroids(x, 6, init="kmeans++", seed=1)
+    apart = torch.cdist(start, start) + torch.eye(6) * 100
+    assert (apart > 1).all(), "each group is drawn once"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=["fp16", "fp32", "bf16"])
+def test_rows_at_the_edge_of_the_dtype(dtype):
+    """Sums of such rows leave fp32: the centroids stay finite."""
+    x = blobs(6, 15).to(dtype)
+    x[0, 1, 38:41] = torch.finfo(dtype).max
+    x[0, 1, 41] = -torch.finfo(dtype).max
+    for init in ("random", "kmeans++"):
+        found = kmeans(x, 8, num_iters=10, init=init, seed=2)
+        assert found.centroids.isfinite().all()
+        assert (found.sizes.sum(-1) == 90).all()
+
+
 def test_bad_inputs():
     (x,) = tensors(1, 1, 10, 8, count=1)
     for given_, sentence in [
         (dict(num_clusters=11, num_iters=1), "at most the 10 rows, got 11; ask for fewer clusters"),
         (dict(num_clusters=0, num_iters=1), "at least 1"),
         (dict(num_clusters=2, num_iters=0), "num_iters must be at least 1, got 0"),
+        (dict(num_clusters=2, num_iters=1.5), "kmeans: num_iters must be a whole number, got 1.5"),
+        (dict(num_clusters=2.0, num_iters=1), "kmeans: num_clusters must be a whole number, got 2.0"),
+        (dict(num_clusters=2, num_iters=1, tolerance="0.1"), "kmeans: tolerance must be a number, got '0.1'"),
         (dict(num_clusters=2, num_iters=1, init="far"), "init must be one of random, kmeans"),
         (dict(num_clusters=2, num_iters=1, centroids=x[:, :, :3]), r"centroids must be \[1, 1, 2, 8\]"),
     ]:

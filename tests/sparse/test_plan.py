@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import importlib.util
+import sys
 
 import pytest
 import torch
+from cases.sparse import count_graphs, expand_map, masked_attention, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse.sparse_reference import count_graphs, expand_map, masked_attention, tensors
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vdit_ext import ops
 from vdit_ext.sparse import (
@@ -28,6 +32,8 @@ from vdit_ext.sparse import (
     dense_layout_plan,
     dense_plan,
 )
+from vdit_ext.sparse import state as state_module
+from vdit_ext.sparse.state import LayerState, note_density
 
 
 @st.composite
@@ -134,6 +140,54 @@ def test_plans_that_cannot_be_block_masks():
         permuted.to_block_mask(16, 16)
 
 
+@pytest.mark.parametrize(
+    "counts, lists, sentence",
+    [
+        ([2, 1], [[1, 1], [0, 0]], "may list each key block once, got a block listed twice"),
+        ([2, 1], [[0, 0, 0, 0], [1, 0, 0, 0]], "may list each key block once, got a block listed twice"),
+        ([4, 1], [[0, 1, 0, 1], [0, 0, 0, 0]], "may list at most 3 blocks, .*, got 4"),
+        ([2, 3], [[0, 1], [0, 1]], "may list at most 2 blocks, .*, got 3"),
+    ],
+)
+def test_lists_that_cannot_be_block_masks(counts, lists, sentence):
+    """What FlexAttention would compute otherwise is not what the plan does."""
+    to_lists = dict(dtype=torch.int32)
+    plan = BlockPlan(
+        torch.tensor([[counts]], **to_lists), torch.tensor([[lists]], **to_lists), None, None, 8, 8
+    )
+    with pytest.raises(ValueError, match=f"BlockPlan.to_block_mask: a row {sentence}"):
+        plan.to_block_mask(16, 24)
+
+
+def test_density_is_remembered(monkeypatch):
+    plan, calls = dense_plan(300, 70, block_size=64), []
+    kept_pairs = BlockPlan.kept_pairs
+    monkeypatch.setattr(BlockPlan, "kept_pairs", lambda *args: calls.append(args) or kept_pairs(*args))
+    first = plan.density(300, 70)
+    assert plan.density(300, 70) is first and len(calls) == 1
+    assert plan.density(320, 70) is not first and len(calls) == 2
+    assert dataclasses.replace(plan, kv_num_blocks=plan.kv_num_blocks - 1).density(300, 70) < 1
+
+
+def test_density_is_noted_where_a_log_is_kept():
+    layout = TokenLayout((1, 5, 5))
+    plan, state = dense_layout_plan(layout, block_size=8), LayerState(0, 1)
+    note_density(plan, layout, state)
+    assert float(state.density) == 1
+    state.reset()
+    state.logs_density = False
+    note_density(plan, layout, copy.deepcopy(state))
+    note_density(plan, layout, state)
+    assert state.density is None
+
+
+def test_attention_without_lse():
+    index = torch.arange(34, -1, -1, dtype=torch.int32)[None, None]
+    for plan in (dense_plan(35), dataclasses.replace(dense_plan(35), q_index=index)):
+        q, k, v = tensors(1, 2, 35, 8)
+        assert torch.equal(plan.attend(q, k, v, return_lse=False), plan.attend(q, k, v)[0])
+
+
 def test_dense_plans():
     plan = dense_plan(300, 70, block_size=64).validate(300, 70)
     assert plan.token_mask(300, 70).all() and plan.density(300, 70).item() == 1
@@ -195,6 +249,24 @@ def test_text_blocks(text, valid, text_first, width, seed):
     steps = torch.where(used[..., 1:], lists.diff(dim=-1), 1)
     assert (steps > 0).all(), "lists ascend"
     assert (lists[~used] == 0).all(), "unused entries are 0"
+
+
+@pytest.mark.parametrize("valid", [None, 5, (5, 3)])
+def test_prompt_lengths_are_not_copied_from_the_host(valid):
+    """Such a copy waits for everything that a GPU has queued; tensors made from Python lists begin with one."""
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    with Names():
+        offsets = add_text_offsets(
+            torch.zeros(1, 1, 4, dtype=torch.int32, device="meta"), TokenLayout((1, 4, 4), 8, valid)
+        )
+    assert offsets.shape[-1] == 5 + (valid is not None)
+    assert seen and not {torch.ops.aten.lift_fresh, torch.ops.aten._to_copy, torch.ops.aten.copy_} & set(seen)
 
 
 def test_prompt_cut_into_several_blocks():
@@ -282,6 +354,37 @@ def test_a_new_prompt_length_needs_at_most_one_more_graph():
         assert int(compiled(q, k, TokenLayout((1, 4, 4), 8, valid))[0, 0, -2]) == 16 + valid
     assert counter.frame_count <= 2
     torch._dynamo.reset()
+
+
+def test_a_new_sequence_length_needs_at_most_one_more_graph():
+    """The remembered density is found by comparing lengths, which dynamic ones allow."""
+    torch._dynamo.reset()
+    counter, method = CompileCounter(), SVG2(num_q_clusters=3, num_k_clusters=4, iter_init=2)
+    state = method.new_state(0, 1)
+
+    def share(q, k, layout):
+        return method.plan(q, k, layout, state).density(q.shape[2], q.shape[2])
+
+    compiled = torch.compile(share, backend=counter, fullgraph=True)
+    for text in (8, 5, 3, 7, 2):
+        q, k, _ = tensors(1, 1, 16 + text, 8)
+        assert torch.equal(compiled(q, k, TokenLayout((1, 4, 4), text)), state.density)
+    assert counter.frame_count <= 2
+    torch._dynamo.reset()
+
+
+def test_ops_are_named_after_the_build(monkeypatch):
+    """Two builds with names of their own may share a process."""
+    monkeypatch.setattr(ops, "NAMESPACE", "vdit_twin")
+    spec = importlib.util.spec_from_file_location("vdit_ext.sparse.state_twin", state_module.__file__)
+    twin = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, twin)
+    spec.loader.exec_module(twin)
+    for name in ("refine_clusters", "record_density", "sample_rows"):
+        assert hasattr(torch.ops.vdit_twin_py, name)
+    state = twin.LayerState(0, 1)
+    twin.record_density(torch.ones(1, 1), state.handle)
+    assert state.density == 1
 
 
 def test_dense_plan_compiles():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparse.sparse_reference import count_graphs, masked_attention, tensors
+from cases.sparse import count_graphs, masked_attention, tensors
 
 from vdit_ext import ops
 from vdit_ext.sparse import SHAPES, SVG1, SparseMethod, StepInfo, TokenLayout
@@ -162,7 +162,14 @@ def test_bad_inputs():
     for given, sentence in [
         (dict(density=2.0), "density must be at least 0 and at most 1, got 2"),
         (dict(block_size=0), "block_size must be at least 1"),
+        (dict(sample_limit=-5), "sample_limit must be at least 1, got -5"),
         (dict(rounding="up"), "rounding must be one of ceil, floor, got 'up'"),
+        (dict(num_samples=6.5), "SVG1: num_samples must be a whole number, got 6.5"),
+        (dict(block_size="64"), "SVG1: block_size must be a whole number, got '64'"),
+        (dict(sample_limit=1e4), "SVG1: sample_limit must be a whole number, got 10000.0"),
+        (dict(seed=0.5), "SVG1: seed must be a whole number, got 0.5"),
+        (dict(profile_frames="2"), "SVG1: profile_frames must be a number, got '2'"),
+        (dict(density=None), "SVG1: density must be a number, got None"),
     ]:
         with pytest.raises(ValueError, match=sentence):
             SVG1(**given)

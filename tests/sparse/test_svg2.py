@@ -9,9 +9,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from cases.sparse import (
+    count_graphs,
+    expand_map,
+    masked_attention,
+    rotary_tables,
+    rows_of,
+    tensors,
+    turned,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparse.sparse_reference import count_graphs, expand_map, masked_attention, rows_of, tensors
 
 from vdit_ext import ops
 from vdit_ext.ops.attention import block_mass_fractions
@@ -29,7 +37,6 @@ from vdit_ext.sparse import (
 from vdit_ext.sparse.flops import attention_flops, video_flops
 from vdit_ext.sparse.gate import count_dense_layers, count_dense_steps, flow_timesteps, is_dense_step
 from vdit_ext.sparse.kmeans import inertia, kmeans
-from vdit_ext.sparse.rope import apply_rope, layer_norm, rms_norm, rope_table
 from vdit_ext.sparse.scores import block_logits
 from vdit_ext.sparse.state import refine_clusters
 from vdit_ext.sparse.svg2 import PRESETS
@@ -307,37 +314,54 @@ def test_svg2_09_12_gate_counts():
 
 
 def test_svg2_09_14_norm_and_rope_match_pytorch():
-    """RoPE and norms match PyTorch; text positions come back bit for bit."""
-    (x,) = tensors(2, 3, 40, 16, count=1)
-    weight, bias = torch.rand(16), torch.rand(16)
-    torch.testing.assert_close(rms_norm(x, weight), torch.nn.functional.rms_norm(x, (16,), weight, 1e-6))
-    torch.testing.assert_close(
-        layer_norm(x, weight, bias),
-        torch.nn.functional.layer_norm(x, (16,), weight, bias, 1e-5),
-        atol=1e-5,
-        rtol=1e-5,
-    )
-    wide = torch.randn(2, 40, 48)
-    torch.testing.assert_close(
-        rms_norm(wide, torch.ones(48)), torch.nn.functional.rms_norm(wide, (48,), eps=1e-6)
-    )
+    """RoPE and norms match PyTorch, in what the product runs: the Wan processor's; text positions come back bit
+    for bit."""
+    wan = pytest.importorskip("diffusers.models.transformers.transformer_wan")
+    from vdit_ext.integrations.processors import WanSelfAttentionProcessor, rotate_pairs
 
-    cos, sin = rope_table((2, 3, 5), 16)
-    turn = torch.complex(cos[:, ::2].double(), sin[:, ::2].double())
+    seen = {}
+
+    class Watched(WanSelfAttentionProcessor):
+        def attend(self, query, key, value, mask):
+            seen.update(query=query, key=key, value=value)
+            return value
+
+    torch.manual_seed(0)
+    grid, heads, dim = (2, 3, 5), 3, 16
+    cos, sin = rotary_tables(grid, dim)
+    upstream = wan.WanRotaryPosEmbed(dim, (1, 1, 1), 32)(torch.empty(1, 1, *grid))
+    for ours, theirs in zip((cos, sin), upstream, strict=True):
+        torch.testing.assert_close(ours, theirs[0, :, 0].float())
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        attn = wan.WanAttention(heads * dim, heads, dim, eps=1e-6)
+        torch.nn.init.uniform_(attn.norm_q.weight, 0.5, 1.5)
+        torch.nn.init.uniform_(attn.norm_k.weight, 0.5, 1.5)
+        attn = attn.to(dtype)
+        attn.set_processor(Watched(None, "attn1", "error"))
+        hidden = torch.randn(2, 30, heads * dim).to(dtype)
+        with torch.no_grad():
+            attn(hidden, rotary_emb=upstream)
+            for name, linear, norm in (("query", attn.to_q, attn.norm_q), ("key", attn.to_k, attn.norm_k)):
+                width = (heads * dim,)
+                y = torch.nn.functional.rms_norm(linear(hidden).double(), width, norm.weight.double(), 1e-6)
+                expected = turned(y.unflatten(-1, (heads, dim)).transpose(1, 2), cos, sin).transpose(1, 2)
+                assert seen[name].dtype == dtype
+                torch.testing.assert_close(seen[name].double(), expected, atol=tolerance, rtol=tolerance)
+            assert torch.equal(seen["value"], attn.to_v(hidden).unflatten(-1, (heads, dim)))
+
+    # Text among the tokens has tables of angle 0.
     for text_first in (False, True):
-        video = slice(10, None) if text_first else slice(0, 30)
+        parts = [torch.zeros(10, dim), torch.ones(10, dim)]  # sines, cosines
+        tables = [
+            torch.cat([t, p] if not text_first else [p, t]) for t, p in zip((sin, cos), parts, strict=True)
+        ]
         text = slice(0, 10) if text_first else slice(30, None)
         for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
-            y = x.to(dtype)
-            turned = torch.view_as_complex(y[:, :, video].double().unflatten(-1, (-1, 2)).contiguous()) * turn
-            expected = torch.view_as_real(turned).flatten(-2)
-            out = apply_rope(y, cos, sin, text_len=10, text_first=text_first)
-            half = apply_rope(y, cos[:, ::2].double(), sin[:, ::2].double(), text_len=10, text_first=text_first)
-            torch.testing.assert_close(out[:, :, video].double(), expected, atol=tolerance, rtol=tolerance)
-            torch.testing.assert_close(half[:, :, video].double(), expected, atol=tolerance, rtol=tolerance)
-            assert torch.equal(out[:, :, text], y[:, :, text])
-    with pytest.raises(ValueError, match="tables must be"):
-        apply_rope(x, cos, sin)
+            x = torch.randn(2, 40, heads, dim).to(dtype)
+            out = rotate_pairs(x, *(t[None, :, None] for t in reversed(tables)))
+            expected = turned(x.transpose(1, 2), *reversed(tables)).transpose(1, 2)
+            assert out.dtype == dtype and torch.equal(out[:, text], x[:, text])
+            torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -542,6 +566,52 @@ def test_copied_state_is_fresh_and_lost_state_is_an_error():
         refine_clusters(q, handle, 4, "q")
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("side", ["q", "k"])
+@pytest.mark.parametrize("text", [0, 9])
+def test_bad_tokens_stay_in_their_rows_and_calls(bad, side, text):
+    """NaN or Inf in one query or key: plans stay valid, only rows that see it are not finite, the cache heals."""
+    layout = TokenLayout(GRID.grid, text, text and 5)
+    method = SVG2(**SMALL, iter_step=2, top_p=0.95)
+    state = method.new_state(0, 1)
+    total = layout.num_tokens
+    q, k, v = tensors(1, 2, total, 16)
+    clean = (q.clone(), k.clone())
+    (q if side == "q" else k)[0, 1, 31, 4] = bad
+    for call in range(3):  # the cold call of many iterations, then warm ones
+        plan = method.plan(q, k, layout, state).validate(total, total)
+        assert len(state.centroids) == 2 and all(c.isfinite().all() for c in state.centroids.values())
+        out, lse = plan.attend(q, k, v)
+        mask = plan.token_mask(total, total)
+        touched = torch.zeros(1, 2, total, dtype=torch.bool)
+        if side == "q":
+            touched[0, 1, 31] = True
+        else:
+            touched[0, 1] = mask[0, 1, :, 31]
+        assert out[~touched].isfinite().all() and lse[~touched].isfinite().all(), f"call {call}"
+        # A key of -Inf logits weighs nothing; what weighs is NaN.
+        scores = q.double() @ k.double().transpose(-1, -2)
+        seen = scores[..., 31] if side == "k" else scores.masked_fill(~mask, -torch.inf).amax(-1)
+        assert out[touched & (seen != -torch.inf)].isnan().all()
+        assert touched.any() and not touched.all(), "both kinds of rows are there"
+    # The other head is what it is without the bad value.
+    twin = method.new_state(0, 1)
+    for _ in range(3):
+        expected = method.plan(*clean, layout, twin)
+    assert torch.equal(plan.kv_index[:, 0], expected.kv_index[:, 0])
+    assert torch.equal(plan.q_index[:, 0], expected.q_index[:, 0])
+    # A clean call later: all is as it should be.
+    for _ in range(4):
+        plan = method.plan(*clean, layout, state).validate(total, total)
+    assert all(c.isfinite().all() for c in state.centroids.values())
+    sizes = plan.kv_offsets[0, 1].diff()[:10]
+    assert (sizes > 0).sum() >= 8, "clusters are in use again"
+    out, _ = plan.attend(*clean, v)
+    torch.testing.assert_close(
+        out.double(), masked_attention(*clean, v, plan.token_mask(total, total)), atol=1e-5, rtol=1e-5
+    )
+
+
 def test_presets():
     for model, kinds in PRESETS.items():
         for kind in kinds:
@@ -584,11 +654,26 @@ def test_observe_compiles_and_is_not_dropped():
         (dict(init="best"), "init must be one of random, kmeans\\+\\+, got 'best'"),
         (dict(cfg_cache="none"), "cfg_cache must be one of shared, per_branch"),
         (dict(dense_layer_rounding="up"), "dense_layer_rounding must be one of"),
+        (dict(num_q_clusters=4.5), "SVG2: num_q_clusters must be a whole number, got 4.5"),
+        (dict(num_k_clusters="500"), "SVG2: num_k_clusters must be a whole number, got '500'"),
+        (dict(iter_step=None), "SVG2: iter_step must be a whole number, got None"),
+        (dict(seed=1.0), "SVG2: seed must be a whole number, got 1.0"),
+        (dict(iter_init=True), "SVG2: iter_init must be a whole number, got True"),
+        (dict(top_p="0.9"), "SVG2: top_p must be a number, got '0.9'; give it without quotes"),
+        (dict(top_p=float("nan")), "SVG2: top_p must be at least 0 and at most 1, got nan"),
+        (dict(tolerance="small"), "SVG2: tolerance must be a number, got 'small'"),
+        (dict(tolerance=-1.0), "SVG2: tolerance must be at least 0, got -1"),
+        (dict(flow_shift=[5]), r"SVG2: flow_shift must be a number, got \[5\]"),
     ],
 )
 def test_bad_settings(given_, sentence):
     with pytest.raises(ValueError, match=sentence):
         SVG2(**given_)
+
+
+def test_numbers_of_numpy_are_numbers():
+    method = SVG2(num_q_clusters=np.int64(4), top_p=np.float32(0.5), seed=np.int32(3))
+    assert make_plan(method, GRID)[0].q_offsets.shape[-1] == 5
 
 
 def test_bad_inputs():

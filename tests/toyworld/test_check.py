@@ -29,8 +29,7 @@ def test_a_rendered_clip_passes_and_its_track_is_the_true_one(seed):
 )
 def test_a_clip_of_another_caption_fails_in_the_part_that_differs(shown, asked, part):
     result = check.measure(_clip(shown).frames, captions.parse(asked))
-    missed = [part] if part == "shape" else [part, "passed"]  # shapes are reported apart
-    assert [name for name in check.PARTS if not result[name]] == missed
+    assert [name for name in check.PARTS if not result[name]] == [part, "passed"]
 
 
 def test_noise_and_a_missing_thing_do_not_pass():

@@ -100,6 +100,32 @@ def test_weights_of_another_model_are_refused(copied):
         toyworld.load_pipeline(folder=copied)
 
 
+@pytest.mark.parametrize(
+    ("card", "told"),
+    [
+        (b"[]", "expected a JSON object, got list"),
+        (b"{", "expected JSON"),
+        (b"\xff\xfe{}", "expected JSON"),
+        (b'{"world_version": 1, "config": {}}', "expected settings to be dict, got nothing"),
+        (
+            b'{"world_version": 1, "config": {}, "settings": {}, "steps": 1, "active_seconds": 1, "sha256": 5}',
+            "expected sha256 to be str, got int",
+        ),
+    ],
+)
+def test_a_foreign_card_is_refused_in_one_sentence(copied, card, told):
+    (copied / "toy_t2v.json").write_bytes(card)
+    with pytest.raises(ValueError, match=told) as error:
+        toyworld.load_pipeline(folder=copied)
+    assert "\n" not in str(error.value)
+
+
+def test_the_recorded_check_is_of_these_weights():
+    record = json.loads((pipeline.WEIGHTS / "toy_t2v_check.json").read_text())
+    assert record["weights_sha256"] == pipeline.read_card()["sha256"]
+    assert record["prompts"] >= 40 and record["rates"]["passed"] >= 0.9
+
+
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(ValueError, match="toy_t2v.json"):
         toyworld.load_pipeline(folder=tmp_path)

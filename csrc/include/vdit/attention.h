@@ -158,7 +158,13 @@ void run_topk_blocks_cpu(TopkBlocksParams const& p, ParallelFor const& parallel)
 void run_topp_blocks_cpu(ToppBlocksParams const& p, ParallelFor const& parallel);
 
 // CUDA, compute capability 8.0 and up. `stream` is a cudaStream_t. Nothing waits for the device.
+// Attention wants its rows (q, k, v, out) at multiples of 16 bytes, and throws std::runtime_error where they are not.
 void run_block_sparse_attention_sm80(BlockSparseAttentionParams const& p, void* stream);
+// Compute capability 9.0: the same with wgmma and TMA. `workspace`: ..._workspace_bytes(p) bytes on the device, aligned
+// to 16, need not be cleared. Not for every tensor (one without keys, say): can_run_... tells.
+void run_block_sparse_attention_sm90(BlockSparseAttentionParams const& p, void* workspace, void* stream);
+int64_t block_sparse_attention_sm90_workspace_bytes(BlockSparseAttentionParams const& p);
+bool can_run_block_sparse_attention_sm90(BlockSparseAttentionParams const& p);
 void run_merge_attention_sm80(MergeAttentionParams const& p, void* stream);
 void run_permute_rows_sm80(PermuteRowsParams const& p, void* stream);
 void run_mean_pool_blocks_sm80(MeanPoolBlocksParams const& p, void* stream);

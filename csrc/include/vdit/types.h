@@ -26,4 +26,7 @@ struct Strides2 {
   int64_t b = 0, h = 0;
 };
 
+// Compute capability of a CUDA device, 90 for 9.0; 0 where there is none. In vdit_kernels_cuda.
+int compute_capability(int device);
+
 }  // namespace vdit

@@ -12,10 +12,13 @@ import typer
 from . import options
 from .console import Reporter, print_json, stderr, stdout
 from .errors import Refusal, command, refusing
-from .files import check_folder, staged_folder
+from .files import check_folder, check_own_folder, staged_folder
 
 if TYPE_CHECKING:
     from ..compare import Request, Run, Sampler
+
+DEFAULT_OUT = Path("vdit-compare")
+REPORT, SHEET, RESULTS = "report.html", "sheet.png", "results.json"
 
 Methods = Annotated[str, typer.Option("--methods", help="Names separated by commas; dense always runs, first.")]
 
@@ -26,7 +29,12 @@ def compare(
     methods: Methods = "dense,draft,svg1,svg2",
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder for report.html, sheet.png, results.json and a clip each."),
+        typer.Option(
+            "--out",
+            help=f"Folder for {REPORT}, {SHEET}, {RESULTS} and a clip each; {DEFAULT_OUT} here if left out, "
+            "nothing with --json alone.",
+            show_default=False,
+        ),
     ] = None,
     seed: options.Seed = 0,
     steps: options.Steps = None,
@@ -39,22 +47,30 @@ def compare(
     model: options.Model = None,
     size: options.Size = None,
     frames: options.Frames = None,
+    fps: options.Fps = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
 ) -> None:
     """Compare methods on one prompt: density, PSNR and SSIM against dense, seconds.
 
-    --json prints a list of objects with method, density, density_overall, psnr, ssim, identical, seconds,
-    speedup and settings. psnr is null where identical is true, since JSON has no infinity. With --set, write
+    Prints a table and writes an HTML page, a contact sheet and the clips. Density is the kept share of
+    attention in the sparse steps, layers that stay dense counted in.
+
+    --json prints a list of objects with method, model, density, density_sparse_layers (over the sparse layers
+    of those steps only), density_overall (over all steps), psnr, ssim, identical, seconds, speedup and
+    settings. psnr is null where identical is true, since JSON has no infinity. With --set, write
     svg2.top_p=0.8 to reach one method.
     """
     names = split_methods(methods)
     if out is not None:
         check_folder(out)
+    elif not as_json:
+        out = check_own_folder(DEFAULT_OUT, REPORT, RESULTS)
     request = options.request_for(prompt, seed, steps, guidance, model, size, frames)
     given = options.settings_for(names, top_p, keep_ratio, settings)
     reporter = Reporter(quiet)
-    sampler = options.load_sampler(model, dtype, device, reporter)
+    uses = (*options.MEASURING, *(options.CLIPS if out is not None else ()))
+    sampler = options.load_sampler(model, dtype, device, reporter, fps=fps, uses=uses)
     with refusing(ValueError, TypeError):
         request = sampler.resolve(request)
         chosen = [sampler.method(name, given[name]) for name in names if name != "dense"]
@@ -62,11 +78,11 @@ def compare(
     if out is not None:
         _write(out, runs, request, sampler)
     if as_json:
-        print_json([run.record(runs[0]) for run in runs])
+        print_json([run.record(runs[0]) | {"model": sampler.name} for run in runs])
         return
-    stdout().print(table(runs))
-    if out is not None and not quiet:
-        stderr().print(f"Report: {out / 'report.html'}", soft_wrap=True)
+    stdout().print(table(runs, sampler.name))
+    if not quiet:
+        stderr().print(f"Written: {out / REPORT}, {out / SHEET}, {RESULTS} and the clips.", soft_wrap=True)
 
 
 def split_methods(methods: str) -> list[str]:
@@ -80,7 +96,7 @@ def split_methods(methods: str) -> list[str]:
 
 def sample_all(sampler: Sampler, request: Request, methods: list[Any], reporter: Reporter) -> list[Run]:
     """The dense run, then one for each method, measured against it."""
-    from ..compare import check_methods, run_dense, run_sparse
+    from ..compare import Unsupported, check_methods, run_dense, run_sparse
 
     with refusing(ValueError, TypeError):
         check_methods(sampler, request, methods)
@@ -89,21 +105,21 @@ def sample_all(sampler: Sampler, request: Request, methods: list[Any], reporter:
         dense = run_dense(sampler, request, reporter.track("dense", request.steps))
         runs = [dense]
         for method in methods:
-            with refusing():
+            with refusing(Unsupported):
                 run = run_sparse(sampler, request, method, reporter.track(method.name, request.steps))
             runs.append(run.against(dense))
     return runs
 
 
-def table(runs: list[Run]):
+def table(runs: list[Run], model: str):
     """The rich table of a comparison."""
     from rich.table import Table
 
     from . import text
 
-    result = Table(title_justify="left")
+    result = Table(title=f"{model} model", title_justify="left")
     result.add_column("method")
-    for column in ("kept in sparse steps", "kept overall", "PSNR, dB", "SSIM", "seconds", "speedup"):
+    for column in ("density, sparse steps", "density overall", "PSNR, dB", "SSIM", "seconds", "speedup"):
         result.add_column(column, justify="right")
     dense = runs[0]
     for run in runs:
@@ -137,11 +153,11 @@ def _write(out: Path, runs: list[Run], request: Request, sampler: Sampler) -> No
     with staged_folder(out) as folder:
         for run in runs:
             write_video(folder / f"{run.method}.mp4", run.clip, sampler.fps)
-        many_sheet(runs, request, sampler).save(folder / "sheet.png")
+        many_sheet(runs, request, sampler).save(folder / SHEET)
         results = about | {"results": [run.record(runs[0]) for run in runs]}
-        (folder / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+        (folder / RESULTS).write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
         clips = {run.method: (folder / f"{run.method}.mp4").read_bytes() for run in runs}
         plain = io.BytesIO()
         many_sheet(runs, request, sampler, titled=False).save(plain, "PNG")
         page = html_report(runs, about, clips, plain.getvalue())
-        (folder / "report.html").write_text(page, encoding="utf-8")
+        (folder / REPORT).write_text(page, encoding="utf-8")

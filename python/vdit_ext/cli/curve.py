@@ -20,7 +20,7 @@ from .files import check_folder, staged_folder
 if TYPE_CHECKING:
     from ..compare import Request, Run, Sampler
 
-TOP_PS = "0.3,0.5,0.65,0.75,0.82,0.88,0.93,0.97"
+TOP_PS = "0.3,0.45,0.6,0.7,0.78,0.86,0.93,0.97"
 KEEP_RATIOS = "0.1,0.15,0.2,0.25,0.35,0.5,0.7"
 
 
@@ -30,8 +30,9 @@ class Point:
 
     Attributes:
         method, knob, value: the setting that was varied.
-        density, density_overall, psnr, ssim, seconds: means. Clips identical to dense have no finite PSNR and
-            are left out of its mean; it is inf where all were.
+        density, density_sparse_layers, density_overall, psnr, ssim, seconds: means over the runs, as
+            :class:`vdit_ext.compare.Run` has them. Clips identical to dense have no finite PSNR and are left
+            out of its mean; it is inf where all were.
         psnr_low: the worst clip's.
         runs: how many clips.
     """
@@ -40,6 +41,7 @@ class Point:
     knob: str
     value: float
     density: float
+    density_sparse_layers: float
     density_overall: float
     psnr: float
     psnr_low: float
@@ -65,7 +67,7 @@ def curve(
         str, typer.Option("--keep-ratios", help="draft, svg1: shares to keep, separated by commas.")
     ] = KEEP_RATIOS,
     max_density: Annotated[
-        float, typer.Option("--max-density", min=0.0, max=1.0, help="Density to stay under.")
+        float, typer.Option("--max-density", min=0.0, max=1.0, help="Density in the sparse steps, at most.")
     ] = 0.35,
     min_psnr: Annotated[float, typer.Option("--min-psnr", help="PSNR in dB to reach there.")] = 26.0,
     steps: options.Steps = None,
@@ -81,9 +83,9 @@ def curve(
 ) -> None:
     """Measure the whole curve of PSNR against kept share of attention, and say which target it meets.
 
-    Runs every method at several settings on every prompt and seed. The density of a point is the kept share in
-    the steps and layers that were sparse. Ends with one line for each method: the best PSNR at a density of at
-    most --max-density, and whether it reaches --min-psnr.
+    Runs every method at several settings on every prompt and seed. The density of a point is the kept share of
+    attention in the sparse steps, layers that stay dense counted in. Ends with one line for each method: the
+    best PSNR at a density of at most --max-density, and whether it reaches --min-psnr.
     """
     names = _check_methods(methods)
     values = {
@@ -101,7 +103,8 @@ def curve(
     ]
     given = options.settings_for(names, None, None, settings)
     reporter = Reporter(quiet)
-    sampler = options.load_sampler(model, dtype, device, reporter)
+    uses = (*options.MEASURING, *(options.PLOTS if out is not None else ()))
+    sampler = options.load_sampler(model, dtype, device, reporter, uses=uses)
     with refusing(ValueError, TypeError):
         requests = [sampler.resolve(request) for request in requests]
         chosen = [_variant(sampler, name, given[name], value) for name in names for value in values[name]]
@@ -114,11 +117,11 @@ def curve(
         print_json(result)
         return
     if not quiet:
-        stdout().print(_table(points))
+        stdout().print(_table(points, sampler.name))
     for one in targets:
-        print(sentence(one))
+        print(sentence(one, sampler.name))
     if out is not None and not quiet:
-        stderr().print(f"Plot: {out / 'curve.png'}", soft_wrap=True)
+        stderr().print(f"Written: {out / 'curve.png'} and curve.json.", soft_wrap=True)
 
 
 def _check_methods(methods: str) -> list[str]:
@@ -157,6 +160,11 @@ def _variant(sampler: Sampler, name: str, given: dict[str, Any], value: float) -
     from ..compare import keep_settings
 
     settings = {"top_p": value} if name == "svg2" else keep_settings(name, value)
+    for key in settings.keys() & given.keys():
+        option = "--top-ps" if name == "svg2" else "--keep-ratios"
+        raise Refusal(
+            f"--set {name}.{key}: a setting that curve does not vary was expected; give {option} instead"
+        )
     knob = "top_p" if name == "svg2" else "keep_ratio"
     return _Variant(name, knob, value, sampler.method(name, given | settings))
 
@@ -164,7 +172,7 @@ def _variant(sampler: Sampler, name: str, given: dict[str, Any], value: float) -
 def _measure(
     sampler: Sampler, requests: Sequence[Request], variants: Sequence[_Variant], reporter: Reporter
 ) -> list[Point]:
-    from ..compare import always_dense, check_methods, run_dense, run_sparse
+    from ..compare import Unsupported, always_dense, check_methods, run_dense, run_sparse
 
     with refusing(ValueError, TypeError):
         check_methods(sampler, requests[0], (variant.method for variant in variants))
@@ -181,7 +189,7 @@ def _measure(
             dense = run_dense(sampler, request)
             tick(done := done + 1, total)
             for i, variant in enumerate(variants):
-                with refusing():
+                with refusing(Unsupported):
                     run = run_sparse(sampler, request, variant.method)
                 results[i].append(run.against(dense))
                 tick(done := done + 1, total)
@@ -204,6 +212,7 @@ def _point(variant: _Variant, runs: Sequence[Run]) -> Point:
         variant.knob,
         variant.value,
         fmean(run.density for run in runs),
+        fmean(run.density_sparse_layers for run in runs),
         fmean(run.density_overall for run in runs),
         fmean(finite) if finite else math.inf,
         min(run.quality.psnr for run in runs),
@@ -226,17 +235,16 @@ def target(points: Sequence[Point], method: str, max_density: float, min_psnr: f
     }
 
 
-def sentence(one: dict[str, Any]) -> str:
+def sentence(one: dict[str, Any], model: str) -> str:
     """A target as a line of text."""
+    who = f"{one['method']} on the {model} model"
     goal = f"{one['min_psnr']:g} dB at a density of at most {one['max_density']:g}"
     best = one["best"]
     if best is None:
-        return (
-            f"{one['method']}: no point at a density of at most {one['max_density']:g}; sweep lower settings."
-        )
+        return f"{who}: no point at a density of at most {one['max_density']:g}; sweep lower settings."
     reached = "identical to dense" if best["identical"] else f"{best['psnr']:.2f} dB"
     return (
-        f"{one['method']}: {reached} at density {best['density']:.3f} ({best['knob']} {best['value']:g}, "
+        f"{who}: {reached} at density {best['density']:.3f} in sparse steps ({best['knob']} {best['value']:g}, "
         f"SSIM {best['ssim']:.4f}, mean of {best['runs']}); {goal}: {'met' if one['met'] else 'not met'}."
     )
 
@@ -267,15 +275,15 @@ def _result(
     }
 
 
-def _table(points: Sequence[Point]):
+def _table(points: Sequence[Point], model: str):
     from rich.table import Table
 
     from . import text
 
-    result = Table()
+    result = Table(title=f"{model} model", title_justify="left")
     result.add_column("method")
     result.add_column("setting")
-    for column in ("kept in sparse steps", "kept overall", "PSNR, dB", "worst", "SSIM", "seconds"):
+    for column in ("density, sparse steps", "density overall", "PSNR, dB", "worst", "SSIM", "seconds"):
         result.add_column(column, justify="right")
     for p in points:
         result.add_row(
@@ -323,7 +331,7 @@ def plot(points: Sequence[Point], result: dict[str, Any], max_density: float, mi
                 f"{p.value:g}", (p.density, p.psnr), (0, 7), textcoords="offset points", ha="center", size=8
             )
     axes.set(xlim=(0, min(1.02, right)), ylim=(bottom, top))
-    axes.set_xlabel("density: kept share of attention in sparse steps")
+    axes.set_xlabel("density: kept share of attention in the sparse steps, dense layers counted in")
     axes.set_ylabel("PSNR against dense, dB")
     clips = len(result["clips"])
     axes.set_title(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
@@ -14,11 +15,16 @@ from . import machine, options
 from .console import print_json, stdout
 from .errors import FAILED, command
 
-PACKAGES = ("diffusers", "transformers", "av", "pillow", "matplotlib", "torchmetrics")
+PACKAGES = ("diffusers", "transformers", "accelerate", "av", "pillow", "matplotlib", "torchmetrics")
 # CUDA serves these; the CPU's are wider. Shown in the notes of the table.
 _CUDA_NEEDS = "head_dim 64, 96 or 128, float16 or bfloat16"
 _CPU_NEEDS = "head_dim a multiple of 8 up to 256, float32, float16 or bfloat16"
-_LEVELS = {"avx2": ("avx2",), "avx512": ("avx512f", "avx512bw", "avx512vl"), "avx512_bf16": ("avx512_bf16",)}
+# What csrc/common/cpu/isa.cpp asks of a processor for each level, beyond the level before it.
+_LEVELS = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_bf16": {"avx512_bf16"},
+}
 
 
 @dataclass(frozen=True)
@@ -136,11 +142,13 @@ def _cpu_facts() -> dict[str, Any]:
         "name": machine.cpu_name(),
         "cores": machine.num_cores(),
         "isa_used": used,
-        "isa_available": [
-            "portable",
-            *(name for name, flags in _LEVELS.items() if _cpu_flags().issuperset(flags)),
-        ],
+        "isa_available": _isa_levels(_cpu_flags()),
     }
+
+
+def _isa_levels(flags: set[str]) -> list[str]:
+    """Names of the levels that a processor with these flags has; each contains the one before it."""
+    return ["portable", *itertools.takewhile(lambda name: flags >= _LEVELS[name], _LEVELS)]
 
 
 def _cpu_flags() -> set[str]:

@@ -15,9 +15,10 @@ import typer
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 internal failure (VDIT_DEBUG=1 shows where); 2 the request cannot be carried out "
-    "(unknown word, method or option, unwritable path, unsupported model); 130 interrupted. Files are written "
-    "beside their final name and renamed when all of them are complete, so that nothing half-written stays."
+    "Exit codes: 0 done; 1 internal failure; 2 the request cannot be carried out (unknown word, method or "
+    "option, unwritable path, unsupported model, missing package); 130 interrupted. VDIT_DEBUG=1 shows where a "
+    "failure or a refusal comes from. Files are written beside their final name and renamed when all of them "
+    "are complete, so that nothing half-written stays."
 )
 
 
@@ -27,7 +28,10 @@ class Refusal(Exception):
 
 @contextlib.contextmanager
 def refusing(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn the ValueError (or ``kinds``) of a call that checks the user's input into a Refusal."""
+    """Turn the ValueError (or ``kinds``) of a call that checks the user's input into a Refusal.
+
+    For checks only: around work, it would pass a defect off as the user's mistake.
+    """
     refused = kinds or (ValueError,)
     try:
         yield
@@ -43,6 +47,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except Refusal as error:
+            _show_traceback()
             say(str(error))
             raise typer.Exit(BAD_INPUT) from None
         except KeyboardInterrupt:
@@ -54,12 +59,17 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             raise typer.Exit(FAILED) from None
         except Exception as error:
-            if os.environ.get("VDIT_DEBUG", "0") != "0":
-                traceback.print_exc()
+            _show_traceback()
             say(f"internal failure, {type(error).__name__}: {error}")
             raise typer.Exit(FAILED) from None
 
     return run
+
+
+def _show_traceback() -> None:
+    """Under VDIT_DEBUG=1, print the exception that is being handled and those behind it."""
+    if os.environ.get("VDIT_DEBUG", "0") != "0":
+        traceback.print_exc()
 
 
 def say(sentence: str) -> None:

@@ -34,6 +34,20 @@ def check_folder(path: Path) -> Path:
     return path
 
 
+def check_own_folder(path: Path, *marks: str) -> Path:
+    """As :func:`check_folder`, for a folder that the user did not name.
+
+    It must be absent, empty or, as the files ``marks`` in it tell, of an earlier run.
+    """
+    check_folder(path)
+    if path.is_dir() and any(path.iterdir()) and not all((path / mark).is_file() for mark in marks):
+        raise Refusal(
+            f"--out: no folder {str(path)!r}, or one of an earlier run, was expected, there is one with other "
+            "files; name a folder with --out"
+        )
+    return path
+
+
 def _probe(folder: Path, target: Path) -> None:
     if not folder.is_dir():
         raise Refusal(

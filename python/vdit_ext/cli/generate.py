@@ -37,14 +37,15 @@ def generate(
     model: options.Model = None,
     size: options.Size = None,
     frames: options.Frames = None,
+    fps: options.Fps = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
 ) -> None:
     """Make a clip from a prompt with sparse attention.
 
     Samples the dense clip first and the sparse one after it from the same noise, writes the sparse clip and a
-    contact sheet of both and their difference, and ends with one line: kept share of attention, PSNR and SSIM
-    against dense, seconds of both. Sampling again with the same options gives the same frames.
+    contact sheet of both and their difference, and ends with one line: density (kept share of attention), PSNR
+    and SSIM against dense, seconds of both. Sampling again with the same options gives the same frames.
     """
     (name,) = options.check_names([method])
     sheet = out.with_suffix(".png")
@@ -52,7 +53,9 @@ def generate(
     request = options.request_for(prompt, seed, steps, guidance, model, size, frames)
     given = options.settings_for([name], top_p, keep_ratio, settings)[name]
     reporter = Reporter(quiet)
-    sampler = options.load_sampler(model, dtype, device, reporter)
+    measured = options.MEASURING if name != "dense" and not no_compare else ()
+    uses = (*options.CLIPS, *measured)
+    sampler = options.load_sampler(model, dtype, device, reporter, fps=fps, uses=uses)
     with refusing(ValueError, TypeError):
         request = sampler.resolve(request)
         chosen = None if name == "dense" else sampler.method(name, given)
@@ -63,14 +66,14 @@ def generate(
         return
     from .text import figures
 
-    print(figures(run, dense))
+    print(figures(run, dense, sampler.name))
 
 
 def _sample(
     sampler: Sampler, request: Request, method: Any, compare: bool, reporter: Reporter
 ) -> tuple[Run, Run | None]:
     """The run that was asked for and the dense one, which is the same for the method "dense"."""
-    from ..compare import check_methods, run_dense, run_sparse
+    from ..compare import Unsupported, check_methods, run_dense, run_sparse
 
     with refusing(ValueError, TypeError):
         check_methods(sampler, request, [] if method is None else [method])
@@ -81,7 +84,7 @@ def _sample(
             dense = run_dense(sampler, request, reporter.track("dense", request.steps))
         if method is None:
             return dense, dense
-        with refusing():
+        with refusing(Unsupported):
             run = run_sparse(sampler, request, method, reporter.track(method.name, request.steps))
     return (run if dense is None else run.against(dense)), dense
 

@@ -52,6 +52,17 @@ Dtype = Annotated[
         "--dtype", help="float32, float16 or bfloat16; by default bfloat16 on a GPU.", rich_help_panel=_MODEL
     ),
 ]
+Fps = Annotated[
+    float | None,
+    typer.Option(
+        "--fps",
+        min=1,
+        max=240,
+        help="Frames a second of the written clips; by default 8 for the toy model and 16 for a folder, as Wan "
+        "2.1 has. Give 24 for Wan 2.2 5B.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -176,33 +187,84 @@ def _size(size: str | None) -> tuple[int | None, int | None]:
     return int(width), int(height)
 
 
-def load_sampler(model: Path | None, dtype: str | None, device: str | None, reporter: Reporter) -> Sampler:
-    """The toy pipeline, or the one in a folder; a Refusal when it cannot be loaded or used."""
+# Modules of the `video` extra by what they are for, and their packages where those go by another name.
+SAMPLING, FOLDERS = ("diffusers", "transformers"), ("accelerate",)
+MEASURING, CLIPS, PLOTS = ("torchmetrics.functional.image",), ("av", "PIL.Image"), ("matplotlib.figure",)
+_PACKAGE = {"PIL": "pillow"}
+
+
+def check_packages(*modules: str) -> None:
+    """A Refusal that names what to install, unless all of these can be imported; before any clip is sampled."""
+    missing = []
+    for name in dict.fromkeys(modules):
+        root = name.partition(".")[0]
+        try:
+            import_module(root)
+        except ModuleNotFoundError as error:
+            if error.name != root:
+                raise
+            missing.append(_PACKAGE.get(root, root))
+        else:
+            import_module(name)
+    if missing:
+        raise Refusal(
+            f"expected these packages to be installed, they are not: {', '.join(missing)}; run "
+            "`pip install 'vdit-ext[video]'`"
+        )
+
+
+def load_sampler(
+    model: Path | None,
+    dtype: str | None,
+    device: str | None,
+    reporter: Reporter,
+    *,
+    fps: float | None = None,
+    uses: Iterable[str] = (),
+) -> Sampler:
+    """The toy pipeline, or the one in a folder; a Refusal when it cannot be loaded or used.
+
+    Args:
+        fps: frames a second of its clips, where they are not the model's default.
+        uses: modules of the ``video`` extra that the command needs beside those that sample.
+    """
     if model is None and (dtype is not None or device is not None):
         raise Refusal("--dtype and --device go with --model; the toy model runs in float32 on the CPU")
     if dtype is not None and dtype not in DTYPES:
         raise Refusal(f"--dtype: one of {', '.join(DTYPES)} was expected, got {dtype!r}")
-    with reporter.waiting("loading the model"), refusing(ValueError, OSError, ImportError):
+    with reporter.waiting("loading the model"):
+        check_packages(*SAMPLING, *(FOLDERS if model is not None else ()), *uses)
         _hush_libraries()
-        from ..compare import FolderSampler, ToySampler
+        sampler = _load_toy() if model is None else _load_folder(model, dtype, device)
+    if fps is not None:
+        sampler.fps = fps
+    return sampler
 
-        if model is None:
-            return ToySampler.load()
-        import torch
 
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        check_device(device)
-        dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+def _load_toy() -> Sampler:
+    from ..compare import ToySampler
+
+    with refusing():
+        return ToySampler.load()
+
+
+def _load_folder(model: Path, dtype: str | None, device: str | None) -> Sampler:
+    import torch
+
+    from ..compare import FolderSampler
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    # diffusers asks for further packages by ImportError, as for a tokenizer's.
+    with refusing(ValueError, OSError, ImportError):
         return FolderSampler.load(model, dtype=dtype, device=device)
 
 
 def _hush_libraries() -> None:
     """Loading advice and bars of diffusers and transformers are for programmers; stderr is the user's."""
     for library in ("diffusers", "transformers"):
-        try:
-            logging = import_module(f"{library}.utils.logging")
-        except ModuleNotFoundError:
-            continue
+        logging = import_module(f"{library}.utils.logging")
         logging.set_verbosity_error()
         logging.disable_progress_bar()
 

@@ -71,9 +71,9 @@ def html_report(runs: Sequence[Run], about: dict[str, Any], clips: dict[str, byt
         f'<p class="faint">{escape(conditions)}</p>',
         f'<div class="clips">{"".join(_card(run, clips[run.method]) for run in runs)}</div>',
         f"<h2>Figures</h2>{_table(runs)}",
-        '<p class="faint small" style="margin-top:12px">Kept: share of the query-key pairs that attention '
-        "computes, as a mean over the calls that were sparse, and over all calls. PSNR and SSIM are against "
-        "the dense clip from the same noise. Seconds are one run each, loading left out.</p>",
+        '<p class="faint small" style="margin-top:12px">Density: share of the query-key pairs that attention '
+        "computes, in the sparse steps (layers that stay dense counted in) and in all steps. PSNR and SSIM are "
+        "against the dense clip from the same noise. Seconds are one run each, loading left out.</p>",
         f"<h2>Frames and differences</h2>{_image(sheet)}",
         f"<h2>Settings</h2>{_settings(runs)}",
         f'<h2>Made on</h2><p>{escape(about["machine"])}</p><p class="faint">{escape(versions)}</p>',
@@ -101,7 +101,7 @@ def _card(run: Run, clip: bytes) -> str:
 
 
 def _table(runs: Sequence[Run]) -> str:
-    heads = ("method", "kept in sparse steps", "kept overall", "PSNR, dB", "SSIM", "seconds", "speedup")
+    heads = ("method", "density, sparse steps", "density overall", "PSNR, dB", "SSIM", "seconds", "speedup")
     rows = []
     for run in runs:
         share = 100 * (run.density or 0)

@@ -28,15 +28,15 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
 
 
-def figures(run: Run, dense: Run | None) -> str:
+def figures(run: Run, dense: Run | None, model: str) -> str:
     """The line that ``vdit generate`` ends with."""
     if run.density is None:
         kept = "no step was sparse"
     elif run.method == "dense":
-        kept = "100 % of attention"
+        kept = "density 1"
     else:
-        kept = f"{percent(run.density)} of attention in sparse steps, {percent(run.density_overall)} overall"
-    line = f"{run.method}: {kept}"
+        kept = f"density {run.density:.3f} in sparse steps, {run.density_overall:.3f} overall"
+    line = f"{run.method} on the {model} model: {kept}"
     if dense is None or run is dense:
         return f"{line}; {seconds(run.seconds)}"
     return (

@@ -24,10 +24,10 @@ def __getattr__(name: str) -> Any:
     try:
         home = import_module(_HOMES[name], __name__)
     except ModuleNotFoundError as error:
-        if error.name != "diffusers":
+        if (error.name or "").partition(".")[0] != "diffusers":
             raise
         raise ImportError(
-            f"vdit_ext.{name}: diffusers is expected to be installed, it is not; run "
+            f"{__name__}.{name}: diffusers is expected to be installed, it is not; run "
             "`pip install 'vdit-ext[video]'`"
         ) from error
     return getattr(home, name)

@@ -26,7 +26,7 @@ from .processors import (
     kernel_gap,
     kernel_name,
 )
-from .root_hook import HOOK_NAME, Layer, RootHook, StepCounter, WanTokenOrder, is_dense, refuse_parallel
+from .root_hook import HOOK_NAME, Layer, RootHook, StepCounter, WanTokenOrder, refuse_parallel
 
 POLICIES = ("error", "dense", "reference")
 
@@ -86,9 +86,10 @@ def accelerate(
         on_unsupported: what happens when the kernels cannot serve a layer (head size, dtype, device, mask):
             "error" raises, "dense" runs upstream's attention, "reference" runs the slow definition of the op,
             which a compiled block cannot contain, and which takes no mask.
-        num_inference_steps: denoising steps of one video, at least 1. None takes it from the pipeline's
-            scheduler. A transformer alone has none: methods that make a share of the steps dense then decide by
-            timestep if they were given ``flow_shift``, as their presets are, and refuse otherwise.
+        num_inference_steps: denoising steps of one video, at least 1. A pipeline tells it by its scheduler, and
+            a number that differs is refused when sampling begins. A transformer alone has none: methods that
+            make a share of the steps dense then decide by timestep if they were given ``flow_shift``, as their
+            presets are, and refuse otherwise.
         collect_stats: count calls, density and FLOPs on the device; see :meth:`Handle.stats`.
 
     Returns:
@@ -100,7 +101,8 @@ def accelerate(
     Raises:
         TypeError: no diffusers model or pipeline of a known class.
         ValueError: already accelerated, an option out of its range, or, where it can be known now, a layer that
-            the kernels do not support. What only a call shows (autocast, a mask, another device) raises there.
+            the kernels do not support. What only a call shows (autocast, a mask, another device, another number
+            of steps) raises there.
     """
     if on_unsupported not in POLICIES:
         raise ValueError(
@@ -111,11 +113,16 @@ def accelerate(
         raise ValueError(
             f"vdit_ext.accelerate: num_inference_steps must be at least 1, got {num_inference_steps}"
         )
+    if isinstance(sparse, type):
+        raise TypeError(
+            f"vdit_ext.accelerate: sparse must be a method with its settings, got the class {sparse.__name__}; "
+            f"make one with {sparse.__name__}()"
+        )
     if sparse is not None and not isinstance(sparse, SparseMethod):
         raise TypeError(
             f"vdit_ext.accelerate: sparse must be a method of vdit_ext.sparse, got {type(sparse).__name__}"
         )
-    found = _transformers(model_or_pipeline)
+    found = _transformers(model_or_pipeline, "vdit_ext.accelerate")
     is_pipeline = not isinstance(model_or_pipeline, nn.Module)
     for model in found.values():
         _check(model, sparse, on_unsupported)
@@ -123,7 +130,7 @@ def accelerate(
             # Methods that need the number of steps say so now, not in the first call. The last layer is the
             # least likely one to be dense in every step.
             layers = len(_attentions(model))
-            is_dense(sparse, StepInfo(0, num_inference_steps, 1000.0, layers), layers - 1)
+            sparse.is_dense(StepInfo(0, num_inference_steps, 1000.0, layers), layers - 1)
     counter = StepCounter(num_inference_steps, model_or_pipeline if is_pipeline else None)
     backend = _AttentionBackendRegistry.get_active_backend()[0]
     attached = [
@@ -142,7 +149,7 @@ def explain(model_or_pipeline: Any) -> Explanation:
         TypeError: no diffusers model or pipeline of a known class.
     """
     rows = []
-    for name, model in _transformers(model_or_pipeline).items():
+    for name, model in _transformers(model_or_pipeline, "vdit_ext.explain").items():
         handle = handle_of(model)
         if handle is not None:
             rows += [row | {"model": name} for row in handle.explain() if row["model"] == handle.name_of(model)]
@@ -229,6 +236,7 @@ class Handle:
             for one in self._attached:
                 for layer in one.layers:
                     layer.processor.stats = None
+                    layer.dense_beside_sparse = 0
 
     def undo(self) -> None:
         """Put back the processors, hooks and attention backends, the global one included, as they were before
@@ -253,7 +261,8 @@ class Handle:
         Returns:
             A list that prints as a table, of dicts with: ``model``, ``layer``, ``method``; ``dense_steps``, the
             step numbers that are dense, as far as known before they run; ``backend`` of the other steps: "cpu"
-            or "sm80" kernels, "naive" definition, or "upstream" attention; ``dtype``, ``heads``, ``head_dim``;
+            or "sm80" kernels (those of the latest sparse call, before one those of the device that holds the
+            weights), "naive" definition, or "upstream" attention; ``dtype``, ``heads``, ``head_dim``;
             ``reason``, a sentence; and ``ran_dense``, ``ran_sparse``, lists of the steps of the latest video
             that ran so, those that ``on_unsupported="dense"`` made dense among the former.
         """
@@ -267,10 +276,11 @@ class Handle:
             why = {"backend": "upstream", "reason": "no sparse method was given"}
             return row | why | ran
         row["method"] = self._method.name
-        gap = layer.processor.reason or _layer_gap(layer.attn)
+        device = layer.processor.ran_on or _weight(layer.attn).device
+        gap = layer.processor.reason or _layer_gap(layer.attn, device)
         if gap is None:
             row["dense_steps"] = _dense_steps(self._method, self._counter, index, len(one.layers))
-            kernel = kernel_name(_weight(layer.attn).device)
+            kernel = kernel_name(device)
             why = {"backend": kernel, "reason": f"head_dim and dtype are served by the {kernel} kernels"}
         elif layer.processor.on_unsupported == "dense":
             why = {"backend": "upstream", "reason": f"dense in every step: {gap}"}
@@ -284,33 +294,48 @@ class Handle:
         """What was computed since :func:`accelerate`, or since ``reset(stats=True)``. Waits for the device.
 
         Returns:
-            A dict with ``dense_calls`` and ``sparse_calls`` of single layers; ``density``, the mean share 0..1
-            of query-key pairs kept in sparse calls, NaN without any; ``attention_flops`` of the self-attention
-            products as computed and ``dense_attention_flops`` as they would be without a method;
-            ``video_steps``, steps of the latest video so far; and ``layers``, a list of dicts with ``model``,
-            ``layer`` and the first five of these.
+            A dict with
+
+            - ``dense_calls`` and ``sparse_calls`` of single layers;
+            - the share 0..1 of query-key pairs that was kept, NaN where it has nothing to count: ``density`` of
+              the sparse calls, the mean over them; ``density_steps`` of the sparse steps, the mean over the
+              calls of all layers in steps where any layer was sparse, dense layers with 1; ``density_overall``
+              of all steps, the quotient of the next two;
+            - ``attention_flops`` of the self-attention products as computed and ``dense_attention_flops`` as
+              they would be without a method;
+            - ``video_steps``, steps of the latest video so far;
+            - ``layers``, a list of dicts with ``model``, ``layer`` and the first seven of these. There
+              ``density_steps`` of a layer that is dense beside sparse ones is 1.
         """
         layers = []
-        total = torch.zeros(5, dtype=torch.float64)
+        total, total_beside = torch.zeros(5, dtype=torch.float64), 0
         for one in self._attached:
             for layer in one.layers:
                 stats = layer.processor.stats
                 stats = torch.zeros(5, dtype=torch.float64) if stats is None else stats.cpu().double()
                 total += stats
-                layers.append({"model": one.name, "layer": layer.name} | _summary(stats))
-        return _summary(total) | {"video_steps": self._counter.step + 1, "layers": layers}
+                total_beside += layer.dense_beside_sparse
+                row = {"model": one.name, "layer": layer.name}
+                layers.append(row | _summary(stats, layer.dense_beside_sparse))
+        return _summary(total, total_beside) | {"video_steps": self._counter.step + 1, "layers": layers}
 
 
-def _summary(stats: torch.Tensor) -> dict[str, Any]:
+def _summary(stats: torch.Tensor, dense_beside_sparse: int) -> dict[str, Any]:
     values = stats.tolist()
-    calls = values[SPARSE_CALLS]
+    calls, kept = values[SPARSE_CALLS], values[DENSITY_SUM]
     return {
         "dense_calls": int(values[DENSE_CALLS]),
         "sparse_calls": int(calls),
-        "density": values[DENSITY_SUM] / calls if calls else math.nan,
+        "density": _share(kept, calls),
+        "density_steps": _share(kept + dense_beside_sparse, calls + dense_beside_sparse),
+        "density_overall": _share(values[DONE_FLOPS], values[FULL_FLOPS]),
         "attention_flops": values[DONE_FLOPS],
         "dense_attention_flops": values[FULL_FLOPS],
     }
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -322,20 +347,15 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)  # torch.compile(model) wraps it
 
 
-def _entry(model: nn.Module) -> ModelEntry:
-    for parent in type(model).__mro__:
-        if parent.__name__ in MODELS:
-            return MODELS[parent.__name__]
-    raise TypeError(
-        f"vdit_ext.accelerate: the model's class must be one of {', '.join(MODELS)}, got {type(model).__name__}"
-    )
+def _entry(model: nn.Module) -> ModelEntry | None:
+    return next((MODELS[c.__name__] for c in type(model).__mro__ if c.__name__ in MODELS), None)
 
 
 def _attentions(model: nn.Module) -> dict[str, nn.Module]:
     return _entry(model).attentions(model)
 
 
-def _transformers(model_or_pipeline: Any) -> dict[str, nn.Module]:
+def _transformers(model_or_pipeline: Any, who: str) -> dict[str, nn.Module]:
     """The transformers of a pipeline by name, or a model alone; raises TypeError for anything else."""
     if isinstance(model_or_pipeline, nn.Module):
         found = {"transformer": _unwrap(model_or_pipeline)}
@@ -344,11 +364,14 @@ def _transformers(model_or_pipeline: Any) -> dict[str, nn.Module]:
         found = {name: _unwrap(part) for name, part in parts if isinstance(part, nn.Module)}
     if not found:
         raise TypeError(
-            "vdit_ext.accelerate: a diffusers transformer, or a pipeline that holds one, is expected, got "
+            f"{who}: a diffusers transformer, or a pipeline that holds one, is expected, got "
             f"{type(model_or_pipeline).__name__}"
         )
     for model in found.values():
-        _entry(model)
+        if _entry(model) is None:
+            raise TypeError(
+                f"{who}: the model's class must be one of {', '.join(MODELS)}, got {type(model).__name__}"
+            )
     return found
 
 
@@ -360,7 +383,9 @@ def _check(model: nn.Module, method: SparseMethod | None, on_unsupported: str) -
         )
     for name, attn in _attentions(model).items():
         refuse_parallel(attn.processor, name)
-        if method is not None and on_unsupported == "error" and (gap := _layer_gap(attn)) is not None:
+        if method is None or on_unsupported != "error":
+            continue
+        if (gap := _layer_gap(attn, _weight(attn).device)) is not None:
             raise ValueError(
                 f'vdit_ext.accelerate: {name}: {gap}; on_unsupported may be set to "dense" or "reference"'
             )
@@ -370,12 +395,12 @@ def _weight(attn: nn.Module) -> torch.Tensor:
     return attn.to_out[0].weight
 
 
-def _layer_gap(attn: nn.Module) -> str | None:
-    weight = _weight(attn)
-    if weight.device.type == "meta":
+def _layer_gap(attn: nn.Module, device: torch.device) -> str | None:
+    """Why the kernels of a device cannot serve a layer, as far as its weights tell, or None."""
+    if device.type == "meta":
         return None  # not loaded yet: the call will tell
-    return device_gap(weight.device) or kernel_gap(
-        attn.inner_dim // attn.heads, _compute_dtype(weight), weight.device.type
+    return device_gap(device) or kernel_gap(
+        attn.inner_dim // attn.heads, _compute_dtype(_weight(attn)), device.type
     )
 
 

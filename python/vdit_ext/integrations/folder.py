@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,17 @@ def load_pipeline(path: str | Path, *, dtype: torch.dtype | None = None) -> Any:
 
     Args:
         path: the folder with ``model_index.json``.
-        dtype: dtype of the weights, float32 when None.
+        dtype: dtype of the weights, float32 when None. The VAE is always float32, as in upstream's examples:
+            its error would otherwise drown what is to be compared.
 
     Returns:
         The pipeline, on the CPU.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: not a diffusers pipeline, one whose transformer :func:`accelerate` does not know, or the
-            package accelerate is missing, without which diffusers loads no Wan model.
+        ValueError: not a diffusers pipeline, one whose transformer :func:`accelerate` does not know, one that
+            starts from an image or a video, or the package accelerate is missing, without which diffusers loads
+            no Wan model.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -45,13 +48,20 @@ def load_pipeline(path: str | Path, *, dtype: torch.dtype | None = None) -> Any:
             f"vdit_ext.load_pipeline: {folder} must hold a pipeline class of diffusers "
             f"{diffusers.__version__}, got {index.get('_class_name')}"
         )
+    takes = inspect.signature(loader.__call__).parameters
+    if source := next((name for name in ("image", "video") if name in takes), None):
+        raise ValueError(
+            f"vdit_ext.load_pipeline: {folder} must hold a pipeline that starts from text alone, such as "
+            f"WanPipeline, got {loader.__name__}, which takes {source}; load it with diffusers"
+        )
     if not is_accelerate_available():
         raise ValueError(
             "vdit_ext.load_pipeline: the package accelerate is expected to be installed, it is not; run "
             "`pip install accelerate`, which diffusers needs to load this model"
         )
     try:
-        return loader.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+        dtypes = {"default": dtype or torch.float32, "vae": torch.float32}
+        return loader.from_pretrained(str(folder), dtype=dtypes, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"vdit_ext.load_pipeline: {folder} could not be loaded: {reason}") from error

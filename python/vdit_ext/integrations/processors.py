@@ -120,6 +120,8 @@ class SparseProcessor:
         reason: why the last call did not get the kernels, None when it did.
         ran_dense: whether the last call was dense, by the method or by ``on_unsupported``; None before it,
             which the root hook writes.
+        ran_on: device of the last call that got the kernels, None before one. Where layers are offloaded,
+            weights lie elsewhere between calls.
     """
 
     # diffusers writes to both: set_attention_backend to the first, enable_parallelism to the second.
@@ -137,6 +139,7 @@ class SparseProcessor:
         self.device_gap: str | None = None
         self.reason: str | None = None
         self.ran_dense: bool | None = None
+        self.ran_on: torch.device | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Self-attention on ``[B, S, H, D]`` tensors after norm and rotary embedding; returns the same shape.
@@ -162,8 +165,9 @@ class SparseProcessor:
             plan = self.plan(q.float(), k.float(), v.float())
             out = attend_naive(plan, q, k, v)
         else:
+            self.ran_on = q.device
             plan = self.plan(q, k, v)
-            out, _ = plan.attend(q, k, v)
+            out = plan.attend(q, k, v, return_lse=False)
         self.count(q, plan)
         return out.transpose(1, 2)
 
@@ -216,6 +220,7 @@ class SparseProcessor:
             self.stats[DENSE_CALLS].add_(1)
             self.stats[DONE_FLOPS].add_(flops)
             return
+        # The methods of the package have computed the same for their log; the plan remembers it.
         density = plan.density(length, length).mean(dtype=torch.float64).to(self.stats.device)
         self.stats[SPARSE_CALLS].add_(1)
         self.stats[DENSITY_SUM].add_(density)

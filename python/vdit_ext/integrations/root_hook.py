@@ -13,7 +13,6 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import HookRegistry, StateManager
 from torch import Tensor, nn
 
-from ..sparse.gate import unknown_steps
 from ..sparse.plan import SparseMethod, StepInfo, TokenLayout, begin_step
 from .processors import SparseProcessor, device_gap
 
@@ -34,7 +33,6 @@ class StepCounter:
 
     def __init__(self, num_steps: int | None, pipeline: Any = None):
         self._asked = num_steps
-        self._scheduler = getattr(pipeline, "scheduler", None)
         self._pipeline = pipeline
         self._schedule: Tensor | None = None
         self.timesteps: list[float] | None = None
@@ -49,12 +47,17 @@ class StepCounter:
         self.ended = True
 
     def advance(self, timestep: float) -> None:
-        """Note a model call. A lower timestep is the next step, a higher one a new video, NaN no news."""
+        """Note a model call. A lower timestep is the next step, a higher one a new video, NaN no news.
+
+        Raises:
+            ValueError: one sentence, when a video begins whose pipeline runs another number of steps than
+                :func:`accelerate` was given.
+        """
         schedule = self._scheduled()
         if self.ended or schedule is not self._schedule or timestep > self.timestep:
+            self.read_schedule(begins=True)
             self.ended = False
             self._schedule = schedule
-            self.read_schedule()
             self.video += 1
             self.step = 0
             self.timestep = math.nan
@@ -63,21 +66,36 @@ class StepCounter:
         if not math.isnan(timestep):
             self.timestep = timestep
 
-    def read_schedule(self) -> None:
-        """Find out the number of steps: the caller's word, else the pipeline's schedule."""
-        self.timesteps = self._scheduled_timesteps()
-        self.num_steps = self._asked
-        if self._asked is None and self.timesteps is not None:
-            self.num_steps = len(self.timesteps)
+    def read_schedule(self, *, begins: bool = False) -> None:
+        """Find out the number of steps: the pipeline's schedule, else the caller's word.
+
+        When no video ``begins``, the schedule may be left from an earlier one, and the caller's word counts.
+        """
+        times = self._scheduled_timesteps()
+        if times is not None and self._asked is not None:
+            # A schedule that repeats a timestep, or whose tail alone runs, has fewer steps than its name says.
+            named = (len(times), len(self._scheduled()), self._scheduler().num_inference_steps)
+            if begins and self._asked not in named:
+                raise ValueError(
+                    "vdit_ext.accelerate: num_inference_steps must be what the pipeline runs, which is "
+                    f"{len(times)}, got {self._asked}; leave it out to follow the pipeline"
+                )
+            times = times if self._asked in named else None
+        self.timesteps = times
+        self.num_steps = self._asked if times is None else len(times)
+
+    def _scheduler(self) -> Any:
+        # Looked up at every call: `pipe.scheduler = Other.from_config(...)` is the usual way to exchange it.
+        return getattr(self._pipeline, "scheduler", None)
 
     def _scheduled(self) -> Tensor | None:
         # The very tensor that the scheduler stores: every run of a pipeline makes a new one.
-        schedule = getattr(self._scheduler, "__dict__", {}).get("timesteps")
+        schedule = getattr(self._scheduler(), "__dict__", {}).get("timesteps")
         return schedule if isinstance(schedule, Tensor) else None
 
     def _scheduled_timesteps(self) -> list[float] | None:
         schedule = self._scheduled()
-        if schedule is None or getattr(self._scheduler, "num_inference_steps", None) is None:
+        if schedule is None or getattr(self._scheduler(), "num_inference_steps", None) is None:
             return None
         # Video-to-video pipelines run only the tail of the schedule, and count it in `num_timesteps`.
         used = getattr(self._pipeline, "num_timesteps", None) or len(schedule)
@@ -101,13 +119,20 @@ class _ContextName(StateManager):
 
 @dataclass
 class Layer:
-    """One self-attention module and its processor."""
+    """One self-attention module and its processor.
+
+    Attributes:
+        dense_steps, sparse_steps: steps of the latest video that ran so.
+        dense_beside_sparse: its dense calls, when stats are collected, in model calls where another layer was
+            sparse.
+    """
 
     name: str
     attn: nn.Module
     processor: SparseProcessor
     dense_steps: list[int] = field(default_factory=list)
     sparse_steps: list[int] = field(default_factory=list)
+    dense_beside_sparse: int = 0
 
 
 class WanTokenOrder:
@@ -207,7 +232,7 @@ class RootHook(ModelHook):
         dense = [True] * len(self.layers)
         states = [None] * len(self.layers)
         if self.method is not None and hidden.shape[0] > 0:
-            dense = [is_dense(self.method, info, i) for i in range(len(self.layers))]
+            dense = [bool(self.method.is_dense(info, i)) for i in range(len(self.layers))]
             states = self._begin_step(info, layout, hidden)
         order = None if all(dense) else self._order(layout, hidden.device, states)
         if self.token_order is not None:
@@ -219,9 +244,12 @@ class RootHook(ModelHook):
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         if self.token_order is not None:
             self.token_order.set(None)
+        sparse_step = any(layer.processor.ran_dense is False for layer in self.layers)
         for layer in self.layers:
             if layer.processor.ran_dense is None:
                 continue  # a cache answered for it
+            if self.collect_stats and sparse_step and layer.processor.ran_dense:
+                layer.dense_beside_sparse += 1
             steps = layer.dense_steps if layer.processor.ran_dense else layer.sparse_steps
             if not steps or steps[-1] != self.counter.step:
                 steps.append(self.counter.step)
@@ -272,6 +300,8 @@ class RootHook(ModelHook):
         if not self._states:
             self._states = [self.method.new_state(i, len(self.layers)) for i in range(len(self.layers))]
         # Not the layout itself: guidance branches may differ in their number of valid text tokens.
+        # NOTE: the package's states notice another grid too, because methods also run without this hook. Batch
+        # and device are known here only, and a method may do without begin_step.
         shape = (layout.shape_key, hidden.shape[0], hidden.device)
         if shape != self._shape:
             # Another size or batch: nothing learned fits.
@@ -313,6 +343,8 @@ class RootHook(ModelHook):
             processor.ran_dense = None
             if hasattr(state, "tokens_permuted"):
                 state.tokens_permuted = order is not None
+            if hasattr(state, "logs_density"):
+                state.logs_density = self.collect_stats
             if self.collect_stats:
                 self._prepare_stats(module, layer, device)
 
@@ -338,16 +370,6 @@ def refuse_parallel(processor: Any, name: str) -> None:
         raise ValueError(
             f"vdit_ext: {name}: context or tensor parallelism must be off, enable_parallelism was called"
         )
-
-
-def is_dense(method: SparseMethod, info: StepInfo, layer: int) -> bool:
-    """Ask the method; a method that needs the number of steps and has none gets a sentence."""
-    try:
-        return bool(method.is_dense(info, layer))
-    except TypeError as error:
-        if info.num_steps is not None:
-            raise
-        raise unknown_steps(method.name) from error
 
 
 def _argument_names(model_class: type) -> list[str]:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-NAMESPACE = os.environ.get("VDIT_OP_NAMESPACE", "vdit")
-
 
 @lru_cache(maxsize=1)
 def library_dir() -> Path:
@@ -28,6 +26,15 @@ def library_dir() -> Path:
     if spec is not None and spec.origin:
         return Path(spec.origin).parent / "lib"
     return here
+
+
+def op_namespace() -> str:
+    """Namespace of the ops under ``torch.ops``, as the build wrote it down beside the libraries."""
+    path = library_dir() / "namespace.txt"
+    return path.read_text().strip() if path.is_file() else "vdit"
+
+
+NAMESPACE = op_namespace()
 
 
 def load_libraries() -> dict[str, str]:

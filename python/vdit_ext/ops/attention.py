@@ -2,6 +2,13 @@
 
 Shapes: B batch, H heads, S tokens, D head size, nQ and nKV blocks, W list width, C clusters.
 All tensors may have any strides as long as the last dimension is contiguous.
+
+Every op raises RuntimeError, one sentence with what was expected and what came, for tensors of another rank,
+shape, dtype or device; "Raises" below names what else is refused. What lists, offsets, indices and labels hold
+is checked on the CPU; on CUDA only with ``VDIT_CHECK_PLANS=1``, because reading them back would wait for the
+device. Unchecked, no access leaves the tensors; each op says what its result then is.
+
+No op has a backward: results ask for gradients where an argument does, and ``backward()`` raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -24,6 +31,56 @@ def _same_device(op: str, first: Tensor, **others: Tensor | None) -> None:
                 f"vdit::{op}: {name} must be on {first.device} like the first argument, got {tensor.device}; "
                 "move it there"
             )
+
+
+def _register_no_backward(op: str) -> None:
+    """Let the backward pass of an op fail with a sentence.
+
+    Without an autograd kernel torch hands out results that ask for gradients, and gives none with a mere
+    warning. ``torch.library.register_autograd`` would do, but refuses ops with keyword-only tensors.
+    """
+    overload = getattr(_OPS, op).default
+
+    def call(keyset, args, kwargs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    class NoBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keyset, kwargs, *args):
+            return call(keyset, args, kwargs)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise RuntimeError(
+                f"vdit::{op}: it has no backward yet; call it under torch.no_grad() or on detached tensors"
+            )
+
+    def kernel(keyset, *args, **kwargs):
+        # Keyword-only tensors of this family are int32: they never ask for gradients.
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return NoBackward.apply(keyset, kwargs, *args)
+        return call(keyset, args, kwargs)
+
+    _AUTOGRAD.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+# Kept for the life of the process: kernels leave with their library object.
+_AUTOGRAD = torch.library.Library(NAMESPACE, "IMPL")
+# label_sort takes no floating tensor. The results of kmeans_assign, topk_blocks and topp_blocks are integers,
+# which cut the graph as argmax does.
+for _op in (
+    "block_sparse_attention",
+    "merge_attention",
+    "permute_rows",
+    "unpermute_rows",
+    "mean_pool_blocks",
+    "kmeans_assign",
+    "segment_mean",
+    "topk_blocks",
+    "topp_blocks",
+):
+    _register_no_backward(_op)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -64,9 +121,14 @@ def block_sparse_attention(
         and ``-inf``, so that partial results merge (:func:`merge_attention`).
 
     Raises:
-        RuntimeError: a sentence with what was expected and what came. List contents are checked on the CPU;
-            on CUDA only with ``VDIT_CHECK_PLANS=1``, because reading them back would wait for the device, and
-            a row with an index out of range gives NaN.
+        RuntimeError: one sentence, for another head size or dtype than the device has, rows that are not
+            aligned to 16 bytes (CUDA), block sizes below 1; counts above W, indices that name no block, and
+            offsets that do not start at 0, fall, or do not end at S (module docstring: on CUDA on request).
+
+    Unchecked on CUDA: a query block with a count or an index out of range gives NaN in ``out`` and ``lse``;
+    ``q_offsets`` that end early leave rows that no block covers, which give 0 and ``-inf`` as rows without keys
+    do; with ones that start late or fall, the rows concerned hold anything. Of ``kv_offsets`` a block is what
+    lies inside the sequence, and empty where they fall.
 
     NaN and Inf in a query row stay in that row; in a key or value row they reach only the query rows whose
     list holds its block.
@@ -182,6 +244,9 @@ def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> t
 
     Returns:
         ``out`` in the dtype of ``out1`` and ``lse`` fp32, as if both key sets had been attended at once.
+
+    Raises:
+        RuntimeError: one sentence, when shapes, dtypes or devices differ.
     """
     return _OPS.merge_attention(out1, lse1, out2, lse2)
 
@@ -217,6 +282,10 @@ def permute_rows(x: Tensor, index: Tensor) -> Tensor:
 
     Returns:
         ``[B, H, N, D]``, contiguous.
+
+    Raises:
+        RuntimeError: one sentence, for an index outside ``[0, S)`` (module docstring: on CUDA on request;
+            unchecked, that row's bytes are all 0xff, which is NaN in every floating dtype).
     """
     return _OPS.permute_rows(x, index)
 
@@ -243,6 +312,10 @@ def unpermute_rows(x: Tensor, index: Tensor) -> Tensor:
 
     Returns:
         ``[B, H, S, D]``, stored as ``[B, S, H, D]``, which is what the projection after attention reads.
+
+    Raises:
+        RuntimeError: one sentence, when the index has another length than x, or is no permutation (module
+            docstring: on CUDA on request; unchecked, a row that no entry names holds anything).
     """
     return _OPS.unpermute_rows(x, index)
 
@@ -276,6 +349,11 @@ def mean_pool_blocks(x: Tensor, *, offsets: Tensor | None = None, block_size: in
 
     Returns:
         fp32 ``[B, H, n, D]``; an empty block gives 0.
+
+    Raises:
+        RuntimeError: one sentence, for a block size below 1, or offsets that do not start at 0, fall, or do not
+            end at S (module docstring: on CUDA on request; unchecked, a block is what lies inside the sequence,
+            and empty where they fall).
     """
     return _OPS.mean_pool_blocks(x, offsets=offsets, block_size=block_size)
 
@@ -313,12 +391,16 @@ def kmeans_assign(x: Tensor, centroids: Tensor) -> Tensor:
     """Nearest centroid (Euclidean) of each row.
 
     Args:
-        x: ``[B, H, N, D]`` fp32, fp16 or bf16.
+        x: ``[B, H, N, D]`` fp32, fp16 or bf16, D a multiple of 8 up to 256.
         centroids: ``[B, H, C, D]``, dtype of x, C >= 1.
 
     Returns:
         int32 ``[B, H, N]`` in ``[0, C)``. The score ``x.c - |c|^2 / 2`` is formed in fp32, which avoids the
-        cancellation of the expanded distance; ties go to the lowest index; a row of NaN gets 0.
+        cancellation of the expanded distance; ties go to the lowest index; a row of NaN gets 0, and a
+        centroid with NaN no row.
+
+    Raises:
+        RuntimeError: one sentence, for another D, or centroids that do not fit x.
     """
     return _OPS.kmeans_assign(x, centroids)
 
@@ -345,6 +427,10 @@ def label_sort(labels: Tensor, num_labels: int) -> tuple[Tensor, Tensor]:
     Returns:
         ``sorted_idx`` int32 ``[B, H, N]``, the rows of label 0 in order, then of label 1, and so on, and
         ``offsets`` int32 ``[B, H, num_labels + 1]`` with ``offsets[0] = 0`` and ``offsets[-1] = N``.
+
+    Raises:
+        RuntimeError: one sentence, when ``num_labels`` is below 1, or a label lies outside (module docstring:
+            on CUDA on request; unchecked, it counts as the nearest label that there is).
     """
     return _OPS.label_sort(labels, num_labels)
 
@@ -367,13 +453,18 @@ def segment_mean(x: Tensor, sorted_idx: Tensor, offsets: Tensor, fallback: Tenso
     """Mean of the rows of each segment; k-means' centroid update.
 
     Args:
-        x: ``[B, H, N, D]`` fp32, fp16 or bf16.
+        x: ``[B, H, N, D]`` fp32, fp16 or bf16, D a multiple of 8 up to 256.
         sorted_idx, offsets: as :func:`label_sort` returns them.
         fallback: ``[B, H, C, D]``, dtype of x: what an empty segment gets.
 
     Returns:
         ``[B, H, C, D]`` in x's dtype, contiguous. Sums are fp32 in a fixed order: equal inputs give equal
-        bits.
+        bits. A segment with NaN or Inf in a row has it in its mean.
+
+    Raises:
+        RuntimeError: one sentence, for another D, rows outside ``[0, N)``, or offsets that do not start at 0,
+            fall, or do not end at N (module docstring: on CUDA on request; unchecked, such a row counts as
+            zeros, and a segment whose offsets fall as empty).
     """
     return _OPS.segment_mean(x, sorted_idx, offsets, fallback)
 
@@ -415,6 +506,9 @@ def topk_blocks(
     Returns:
         ``kv_num_blocks`` int32 ``[B, H, nQ]`` and ``kv_indices`` int32 ``[B, H, nQ, nKV]``: ascending, unused
         entries 0. Ties go to the lowest flat index; NaN ranks below -inf.
+
+    Raises:
+        RuntimeError: one sentence, when ``k`` is negative or scores are not fp32.
     """
     return _OPS.topk_blocks(scores, k, per_head=per_head, keep_row_max=keep_row_max)
 
@@ -490,6 +584,10 @@ def topp_blocks(
         ``kv_num_blocks`` int32 ``[B, H, nQ]`` and ``kv_indices`` int32 ``[B, H, nQ, nKV]``: ascending, unused
         entries 0. The block that crosses p is kept (SVG2, section 4.3 of the paper). All sums are fp32 or
         wider: bf16 sums stall below 0.9. Ties go to the lowest index; NaN has mass 0.
+
+    Raises:
+        RuntimeError: one sentence, when ``p`` or ``min_blocks`` is negative, scores are not fp32, or weights do
+            not fit them.
     """
     return _OPS.topp_blocks(scores, p, weights=weights, min_blocks=min_blocks)
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .gate import is_dense_step, require_choice, require_range
+from .gate import is_dense_step, is_whole, require_choice, require_number, require_whole
 from .plan import BlockPlan, StepInfo, TokenLayout, add_text_blocks, add_text_offsets
 from .scores import block_logits
 from .shapes import SHAPES, preset_settings
-from .state import LayerState, record_density
+from .state import LayerState, note_density
 from .tiles import count_tiles, tile_offsets, tile_order
 
 
@@ -28,8 +28,8 @@ class DraftAttention:
 
     Attributes:
         sparsity: share of the tile pairs that is dropped, 0 to 1; ``r = 1 - sparsity`` is kept.
-        tile: rows and columns of a pooling tile, at least 1 each. Tiles at the bottom and right edges may be
-            smaller; each is pooled by its true size.
+        tile: rows and columns of a pooling tile, at least 1 each; a list becomes a tuple. Tiles at the bottom
+            and right edges may be smaller; each is pooled by its true size.
         swap_portrait: exchange the tile's sides where the grid is higher than wide.
         score: rank softmaxed "probability", as the code does, or the "logit" of the paper's theory.
         parity: "exact" keeps the ``ceil(r * S * S)`` best pairs of a head, ties to the lowest flat index, and
@@ -47,7 +47,7 @@ class DraftAttention:
             unknown: it then tells by the timestep which steps are dense. None: :meth:`is_dense` raises there.
 
     Raises:
-        ValueError: one sentence, when a setting is out of range.
+        ValueError: one sentence, when a setting is out of range or of the wrong type.
 
     Pooling q and k before RoPE is not offered: a method sees them only afterwards.
     """
@@ -69,17 +69,24 @@ class DraftAttention:
     flow_shift: float | None = None
 
     def __post_init__(self) -> None:
-        require_range("DraftAttention", "sparsity", self.sparsity, 0, 1)
-        require_range("DraftAttention", "dense_step_fraction", self.dense_step_fraction, 0, 1)
-        require_range("DraftAttention", "dense_layers", self.dense_layers, 0, math.inf)
+        # JSON has lists only; a frozen dataclass must be hashable.
+        if isinstance(self.tile, list):
+            object.__setattr__(self, "tile", tuple(self.tile))
+        for field in ("sparsity", "dense_step_fraction"):
+            require_number("DraftAttention", field, getattr(self, field), 0, 1)
+        require_whole("DraftAttention", "dense_layers", self.dense_layers, 0)
+        if self.dense_above is not None:
+            require_number("DraftAttention", "dense_above", self.dense_above, -math.inf)
         if self.flow_shift is not None:
-            require_range("DraftAttention", "flow_shift", self.flow_shift, 0, math.inf)
+            require_number("DraftAttention", "flow_shift", self.flow_shift, 0)
         require_choice("DraftAttention", "score", self.score, ("probability", "logit"))
         require_choice("DraftAttention", "parity", self.parity, ("exact", "code"))
         require_choice("DraftAttention", "budget", self.budget, ("head", "all_heads"))
-        if len(self.tile) != 2 or min(self.tile) < 1:
+        sides = self.tile if isinstance(self.tile, tuple) else ()
+        if len(sides) != 2 or not all(is_whole(side) and side >= 1 for side in sides):
             raise ValueError(
-                f"DraftAttention: tile must be two sizes of at least 1 (rows, columns), got {self.tile}"
+                "DraftAttention: tile must be two sizes of at least 1 (rows, columns), whole numbers, got "
+                f"{self.tile!r}"
             )
 
     @classmethod
@@ -182,7 +189,7 @@ class DraftAttention:
             plan = BlockPlan(
                 counts, lists, q_offsets=offsets, kv_offsets=offsets, q_index=index, kv_index=index
             )
-        record_density(plan.density(layout.num_tokens, layout.num_tokens), state.handle)
+        note_density(plan, layout, state)
         return plan
 
     def select(self, logits: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
@@ -194,8 +201,15 @@ class DraftAttention:
 
         Returns:
             ``kv_num_blocks`` int32 ``[B, H, S]`` and ``kv_indices`` int32 ``[B, H, S, S]``, ascending.
+
+        A logit that is not finite (NaN or Inf in a token of either tile) ranks last, so that one bad key leaves
+        the other tiles' ranking alone. A query tile without any finite logit says nothing about its keys and
+        keeps all of them, beyond the budget.
         """
-        scores = torch.softmax(logits, dim=-1) if self.score == "probability" else logits
+        finite = logits.isfinite()
+        scores = logits.masked_fill(~finite, -torch.inf)
+        if self.score == "probability":
+            scores = torch.softmax(scores, dim=-1).nan_to_num(nan=0.0)
         batch, heads, num_tiles, _ = scores.shape
         ranked = scores if self.budget == "head" else scores.reshape(batch, 1, heads * num_tiles, num_tiles)
         pairs = ranked.shape[-2] * num_tiles
@@ -205,6 +219,10 @@ class DraftAttention:
             counts, lists = ops.topk_blocks(ranked, count_kept(self.sparsity, pairs), per_head=True)
         counts = counts.reshape(batch, heads, num_tiles)
         lists = lists.reshape(batch, heads, num_tiles, num_tiles)
+        mute = ~finite.any(-1)
+        counts = counts.masked_fill(mute, num_tiles)
+        everything = torch.arange(num_tiles, dtype=torch.int32, device=scores.device)
+        lists = torch.where(mute[..., None], everything, lists)
         if self.first_frame_sink or self.same_frame:
             frame = torch.arange(num_tiles, device=scores.device) // (num_tiles // num_frames)
             extra = torch.zeros(num_tiles, num_tiles, dtype=torch.bool, device=scores.device)

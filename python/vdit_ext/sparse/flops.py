@@ -1,5 +1,16 @@
 """Floating-point operations of sparse video generation; a multiply-add counts as two.
 
+An API of its own, for papers' tables and for budgets before anything runs: what a shape of
+:data:`~vdit_ext.sparse.shapes.SHAPES` costs, what of it a density saves, and what the planning adds. ::
+
+    shape = SHAPES["wan2.1-14b-t2v-720p"]
+    tokens, width = shape.layout.num_tokens, shape.heads * shape.head_dim
+    dense = attention_flops(tokens, width, shape.layers, forwards=2 * shape.steps)
+    sparse = video_flops(dense, dense, density=0.3, dense_fraction=0.3)
+    sparse += 0.7 * 2 * shape.steps * shape.layers * kmeans_flops(tokens, 300, 1000, width, num_iters=2)
+
+None of the counts holds a method's planning unless it says so: add :func:`kmeans_flops` for SVG2.
+
 Source: the FLOPs identity of the SVG2 specification (section 7) and the check in DraftAttention's (section 7).
 """
 
@@ -8,6 +19,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .plan import BlockPlan
+
+__all__ = ["attention_flops", "kmeans_flops", "plan_flops", "video_flops"]
 
 
 def attention_flops(num_tokens: int, width: int, layers: int = 1, forwards: int = 1) -> float:
@@ -22,7 +35,7 @@ def attention_flops(num_tokens: int, width: int, layers: int = 1, forwards: int 
 
 
 def video_flops(dense_total: float, attention: float, density: float, dense_fraction: float) -> float:
-    """A whole video with sparse attention: ``linear + attention * (w + (1 - w) * density)``.
+    """A whole video with sparse attention: ``linear + attention * (w + (1 - w) * density)``, without planning.
 
     Args:
         dense_total: the video with dense attention everywhere; what is not attention is its linear part.
@@ -36,16 +49,25 @@ def video_flops(dense_total: float, attention: float, density: float, dense_frac
 def kmeans_flops(
     num_tokens: int, num_q_clusters: int, num_k_clusters: int, width: int, num_iters: int = 1
 ) -> float:
-    """Assignments of SVG2's clustering of q and k in one layer: ``2 N (Cq + Ck) width`` an iteration."""
+    """Assignments of SVG2's clustering of q and k in one layer: ``2 N (Cq + Ck) width`` an iteration.
+
+    Args:
+        num_tokens: N, of the video; text is not clustered.
+        num_q_clusters, num_k_clusters: of each head.
+        width: heads times head size.
+        num_iters: Lloyd iterations: ``iter_init`` in a layer's first call, ``iter_step`` in the later ones.
+    """
     return 2.0 * num_tokens * (num_q_clusters + num_k_clusters) * width * num_iters
 
 
 def plan_flops(
     plan: BlockPlan, seqlen_q: int, seqlen_kv: int, head_dim: int, *, tile_q: int = 1, tile_kv: int = 1
 ) -> Tensor:
-    """Operations of one attention call under a plan, fp64 ``[B|1, H|1]``.
+    """Operations of one attention call under a plan, fp64 ``[B|1, H|1]``, without making the plan.
 
     Args:
+        seqlen_q, seqlen_kv: lengths in tokens.
+        head_dim: D.
         tile_q, tile_kv: 1 counts the pairs that the plan asks for, weighted by the true block sizes; a kernel's
             tile sizes count what it executes when it rounds every block up to whole tiles.
     """

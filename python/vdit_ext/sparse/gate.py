@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 
 from .plan import StepInfo
 
@@ -61,8 +62,26 @@ def unknown_steps(method: str) -> ValueError:
     )
 
 
-def require_range(who: str, name: str, value: float, low: float, high: float) -> None:
-    """Raise ValueError, in one sentence, unless ``low <= value <= high``."""
+def require_number(who: str, name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raise ValueError, in one sentence, unless ``value`` is a real number with ``low <= value <= high``."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{who}: {name} must be a number, got {value!r}; give it without quotes")
+    _require_range(who, name, value, low, high)
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is an integer, of Python or numpy, and not a bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def require_whole(who: str, name: str, value: int, low: int) -> None:
+    """Raise ValueError, in one sentence, unless ``value`` is an integer of at least ``low``."""
+    if not is_whole(value):
+        raise ValueError(f"{who}: {name} must be a whole number, got {value!r}")
+    _require_range(who, name, value, low, math.inf)
+
+
+def _require_range(who: str, name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         upper = "" if high == math.inf else f" and at most {high:g}"
         raise ValueError(f"{who}: {name} must be at least {low:g}{upper}, got {value:g}")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .gate import require_choice, require_range
+from .gate import require_choice, require_number, require_whole
+from .transfer import to_device
 
 INITS = ("random", "kmeans++")
 
@@ -20,7 +21,8 @@ class Clusters(NamedTuple):
     """What k-means returns.
 
     Labels, order and sizes belong to the last assignment, and the centroids are the means of that assignment's
-    members; an empty cluster keeps the centroid it had.
+    members; an empty cluster, and one whose mean is not finite, keeps the centroid it had. Centroids are
+    always finite.
 
     Attributes:
         centroids: ``[B, H, C, D]`` in x's dtype.
@@ -52,11 +54,15 @@ def kmeans(
 ) -> Clusters:
     """Cluster the rows of every head by Euclidean distance.
 
+    A row with NaN or Inf gets some label, and its cluster's centroid stands still while it is a member; the
+    other clusters move on.
+
     Args:
         x: ``[B, H, N, D]`` fp32, fp16 or bf16, any strides with a contiguous last dimension.
         num_clusters: C, at least 1 and at most N.
         num_iters: Lloyd iterations, at least 1: an assignment, then the means of its members.
-        centroids: ``[B, H, C, D]`` to start from (warm start); ``init`` and ``seed`` are then unused.
+        centroids: ``[B, H, C, D]`` to start from (warm start), NaN and Inf in it counting as 0; ``init`` and
+            ``seed`` are then unused.
         init: "random" takes C rows drawn uniformly with replacement, as SVG2's code does; "kmeans++" draws each
             row with probability proportional to its squared distance from those already drawn.
         seed: of the draw. It happens on a CPU generator, once for each head and for the whole batch, so that
@@ -68,13 +74,16 @@ def kmeans(
         ValueError: one sentence with what was expected and what came.
     """
     batch, heads, num_rows, dim = x.shape
-    if not 1 <= num_clusters <= num_rows:
+    require_whole("kmeans", "num_clusters", num_clusters, 1)
+    if num_clusters > num_rows:
         raise ValueError(
             f"kmeans: num_clusters must be at least 1 and at most the {num_rows} rows, got {num_clusters}; "
             "ask for fewer clusters"
         )
-    require_range("kmeans", "num_iters", num_iters, 1, torch.inf)
+    require_whole("kmeans", "num_iters", num_iters, 1)
     require_choice("kmeans", "init", init, INITS)
+    if tolerance is not None:
+        require_number("kmeans", "tolerance", tolerance, 0)
     if centroids is None:
         centroids = draw_centroids(x, num_clusters, init=init, seed=seed)
     elif centroids.shape != (batch, heads, num_clusters, dim) or centroids.dtype != x.dtype:
@@ -82,10 +91,15 @@ def kmeans(
             f"kmeans: centroids must be {[batch, heads, num_clusters, dim]} {x.dtype}, got "
             f"{list(centroids.shape)} {centroids.dtype}"
         )
+    centroids = _finite(centroids)
     for _ in range(num_iters):
         labels = ops.kmeans_assign(x, centroids)
         sorted_idx, offsets = ops.label_sort(labels, num_clusters)
-        before, centroids = centroids, ops.segment_mean(x, sorted_idx, offsets, centroids)
+        before, means = centroids, ops.segment_mean(x, sorted_idx, offsets, centroids)
+        # One bad member, or sums beyond fp32, make a mean NaN or Inf. Taking it over would kill the cluster: no
+        # row is near it any more, the bad row moves on to the next cluster, and so until none is left.
+        finite = means.abs().amax(-1, keepdim=True) < torch.inf  # false for NaN too
+        centroids = torch.where(finite, means, before)
         if tolerance is not None:
             shift = (centroids.float() - before.float()).norm(dim=-1).max()
             if float(shift) < tolerance:
@@ -94,16 +108,21 @@ def kmeans(
 
 
 def draw_centroids(x: Tensor, num_clusters: int, *, init: str = "random", seed: int = 0) -> Tensor:
-    """Starting centroids ``[B, H, C, D]``, rows of x; see :func:`kmeans`."""
+    """Starting centroids ``[B, H, C, D]``, rows of x with 0 for NaN and Inf; see :func:`kmeans`."""
     generator = torch.Generator().manual_seed(seed)
     _, heads, num_rows, dim = x.shape
     if init == "random":
-        rows = torch.randint(num_rows, (1, heads, num_clusters), generator=generator)
+        rows = to_device(torch.randint(num_rows, (1, heads, num_clusters), generator=generator), x.device)
     else:
-        draws = torch.rand(num_clusters, 1, heads, 1, generator=generator, dtype=torch.float64).to(x.device)
-        rows = _plus_plus_rows(x, draws)
-    rows = rows.to(x.device).expand(x.shape[0], -1, -1)
-    return x.gather(2, rows[..., None].expand(-1, -1, -1, dim)).contiguous()
+        draws = torch.rand(num_clusters, 1, heads, 1, generator=generator, dtype=torch.float64)
+        rows = _plus_plus_rows(x, to_device(draws, x.device))
+    rows = rows.expand(x.shape[0], -1, -1)
+    return _finite(x.gather(2, rows[..., None].expand(-1, -1, -1, dim)).contiguous())
+
+
+def _finite(x: Tensor) -> Tensor:
+    """x with 0 for NaN and Inf."""
+    return x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _plus_plus_rows(x: Tensor, draws: Tensor) -> Tensor:
@@ -116,8 +135,10 @@ def _plus_plus_rows(x: Tensor, draws: Tensor) -> Tensor:
         mass = weight.cumsum(-1)
         row = torch.searchsorted(mass, (draw * mass[..., -1:]).contiguous(), right=True).clamp(max=num_rows - 1)
         rows.append(row)
-        chosen = x.gather(2, row[..., None].expand(-1, -1, -1, dim))
-        nearest = torch.minimum(nearest, (x - chosen).double().square().sum(-1))
+        chosen = _finite(x.gather(2, row[..., None].expand(-1, -1, -1, dim)))
+        distance = (x.float() - chosen.float()).double().square().sum(-1)
+        # A row with NaN or Inf is near nothing: distance 0 keeps it from being drawn and the sums finite.
+        nearest = torch.minimum(nearest, _finite(distance))
         # Fewer distinct rows than clusters: every distance is 0, and any row is as good as another.
         weight = torch.where(nearest.sum(-1, keepdim=True) > 0, nearest, 1.0)
     return torch.cat(rows, -1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -141,15 +141,29 @@ class BlockPlan:
     kv_block_size: int = 128
     q_index: Tensor | None = None
     kv_index: Tensor | None = None
+    # What `density` has computed: (seqlen_q, seqlen_kv, density). A list, because to look a length up in a dict
+    # makes compiled code anew for every length.
+    _densities: list[tuple[int, int, Tensor]] = field(default_factory=list, init=False, compare=False)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    @overload
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: Literal[True] = True
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: Literal[False]
+    ) -> Tensor: ...
+
+    def attend(self, q, k, v, *, scale=None, return_lse=True):
         """Attention under this plan, in the callers' token order.
 
         Args:
             q: ``[B, H, Sq, D]``; k, v: ``[B, H, Skv, D]``.
+            return_lse: False spares putting ``lse`` into that order, for callers who do not merge results.
 
         Returns:
-            ``out`` ``[B, H, Sq, D]`` and ``lse`` fp32 ``[B, H, Sq]``.
+            ``out`` ``[B, H, Sq, D]`` and ``lse`` fp32 ``[B, H, Sq]``; ``out`` alone without ``return_lse``.
         """
         if self.q_index is not None:
             q = ops.permute_rows(q, self.q_index)
@@ -169,6 +183,9 @@ class BlockPlan:
         )
         if self.q_index is not None:
             out = ops.unpermute_rows(out, self.q_index)
+        if not return_lse:
+            return out
+        if self.q_index is not None:
             lse = ops.unpermute_rows(lse[..., None], self.q_index)[..., 0]
         return out, lse
 
@@ -199,8 +216,16 @@ class BlockPlan:
         return (kept * q_sizes).sum(-1)
 
     def density(self, seqlen_q: int, seqlen_kv: int) -> Tensor:
-        """Kept share of the query-key pairs, fp32 ``[B|1, H|1]`` in 0..1 (SVG2, section 4.6 of the spec)."""
-        return (self.kept_pairs(seqlen_q, seqlen_kv).double() / max(1, seqlen_q * seqlen_kv)).float()
+        """Kept share of the query-key pairs, fp32 ``[B|1, H|1]`` in 0..1 (SVG2, section 4.6 of the spec).
+
+        Computed once and remembered: the method's log and the caller's counters both ask.
+        """
+        for known_q, known_kv, density in self._densities:
+            if known_q == seqlen_q and known_kv == seqlen_kv:
+                return density
+        density = (self.kept_pairs(seqlen_q, seqlen_kv).double() / max(1, seqlen_q * seqlen_kv)).float()
+        self._densities.append((seqlen_q, seqlen_kv, density))
+        return density
 
     def token_mask(self, seqlen_q: int, seqlen_kv: int) -> Tensor:
         """The plan as a bool mask ``[B, H, Sq, Skv]`` in the callers' token order; for tests and pictures."""
@@ -225,7 +250,8 @@ class BlockPlan:
 
         Raises:
             ValueError: one sentence, when the plan has variable blocks or permutes tokens, neither of which a
-                ``BlockMask`` can say, or when a block is listed twice in one row's width.
+                ``BlockMask`` can say, or when a row lists a block twice or more blocks than there are. Finding
+                that out reads the lists back, so this call waits for the device.
         """
         if self.q_offsets is not None or self.kv_offsets is not None:
             raise ValueError(
@@ -239,8 +265,19 @@ class BlockPlan:
             )
         num_kv = -(-seqlen_kv // self.kv_block_size)
         width = self.kv_indices.shape[-1]
+        limit = min(width, num_kv)
+        if self.kv_num_blocks.numel() and int(self.kv_num_blocks.max()) > limit:
+            raise ValueError(
+                f"BlockPlan.to_block_mask: a row may list at most {limit} blocks, its width or as many as there"
+                f" are, got {int(self.kv_num_blocks.max())}"
+            )
+        if self._lists_twice():
+            raise ValueError(
+                "BlockPlan.to_block_mask: a row may list each key block once, got a block listed twice, which a"
+                " BlockMask cannot say"
+            )
         if width > num_kv:
-            # A list longer than the row of blocks can only be one with unused slots at its end.
+            # A list longer than the row of blocks has unused slots at its end.
             indices = self.kv_indices[..., :num_kv]
         else:
             indices = torch.nn.functional.pad(self.kv_indices, (0, num_kv - width))
@@ -317,9 +354,7 @@ class BlockPlan:
                 f"{who}: kv_indices must lie between 0 and {kv_sizes.shape[-1] - 1}, got {int(listed.min())} "
                 f"to {int(listed.max())}"
             )
-        slots = torch.arange(lists.shape[-1], device=lists.device)
-        ordered = torch.where(used, lists.long(), -1 - slots).sort(dim=-1).values
-        if bool((ordered.diff(dim=-1) == 0).any()):
+        if self._lists_twice():
             raise ValueError(
                 f"{who}: a row may list each key block once, got a block listed twice, which counts twice"
             )
@@ -340,6 +375,13 @@ class BlockPlan:
                     f"{list(index.shape)} with other contents"
                 )
         return self
+
+    def _lists_twice(self) -> bool:
+        """Whether a row lists a key block twice; waits for the device."""
+        slots = torch.arange(self.kv_indices.shape[-1], device=self.kv_indices.device)
+        used = slots < self.kv_num_blocks[..., None]
+        ordered = torch.where(used, self.kv_indices.long(), -1 - slots).sort(dim=-1).values
+        return bool((ordered.diff(dim=-1) == 0).any())
 
     def __repr__(self) -> str:
         batch, heads, num_q, width = self.kv_indices.shape
@@ -498,11 +540,12 @@ def add_text_offsets(offsets: Tensor, layout: TokenLayout) -> Tensor:
     batch, heads, _ = offsets.shape
     if isinstance(layout.text_valid, tuple):
         batch = max(batch, len(layout.text_valid))
-        valid = torch.tensor(layout.text_valid, dtype=torch.int32, device=offsets.device).view(-1, 1, 1)
+        lengths = layout.text_valid
     else:
-        # NOTE: full() and not tensor(), which would copy from the host at every call.
-        length = layout.text_len if layout.text_valid is None else layout.text_valid
-        valid = torch.full((1, 1, 1), length, dtype=torch.int32, device=offsets.device)
+        lengths = (layout.text_len if layout.text_valid is None else layout.text_valid,)
+    # NOTE: full() and not tensor(), which would copy from the host at every call; a kernel takes the number as
+    # its argument.
+    valid = torch.cat([torch.full((1, 1, 1), n, dtype=torch.int32, device=offsets.device) for n in lengths])
     bounds = [valid.expand(batch, heads, 1)]
     if layout.has_padding:
         bounds.append(torch.full_like(bounds[0], layout.text_len))

@@ -17,7 +17,7 @@ class VideoShape:
     Attributes:
         grid: latent frames, rows, columns after patchify.
         heads, head_dim, layers: of the self-attention.
-        steps: denoising steps of the published runs.
+        steps: denoising steps of the published runs; for the toy model, its pipeline's default.
         flow_shift: of the scheduler, 1 where it has none.
         text_len, text_first: text tokens inside the self-attention sequence.
     """
@@ -51,7 +51,7 @@ SHAPES = {
     "wan2.1-14b-768p": VideoShape((21, 48, 80), 40, 128, 40, 50, 5),
     "wan2.1-14b-512p": VideoShape((21, 32, 48), 40, 128, 40, 50, 5),
     "wan2.1-14b-i2v-512p": VideoShape((21, 32, 48), 40, 128, 40, 40, 3),
-    "toy": VideoShape((8, 16, 16), 3, 64, 6, 20, 12),
+    "toy": VideoShape((8, 16, 16), 3, 64, 6, 16, 12),
 }
 
 

@@ -16,11 +16,14 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from ..ops import NAMESPACE
 from .kmeans import kmeans
-from .plan import StepInfo, TokenLayout
+from .plan import BlockPlan, StepInfo, TokenLayout
 
 _STATES: weakref.WeakValueDictionary[int, LayerState] = weakref.WeakValueDictionary()
 _NEXT_KEY = itertools.count(1)
+# Beside the namespace of the libraries' ops, so that builds with names of their own can share a process.
+_OWN_OPS = f"{NAMESPACE}_py"
 
 
 class LayerState:
@@ -29,6 +32,7 @@ class LayerState:
     Attributes:
         layer, num_layers: which layer this is.
         tokens_permuted: set to True by a caller that applied ``token_order`` before the first layer.
+        logs_density: set to False by a caller that will not ask for densities, which spares computing them.
         branch: guidance branch of the model call in progress, set by ``begin_step``.
         handle: int64 CPU ``[2]``: key of this state and how often compiled code called into it.
     """
@@ -37,6 +41,7 @@ class LayerState:
         self.layer = layer
         self.num_layers = num_layers
         self.tokens_permuted = False
+        self.logs_density = True
         self.branch = "cond"
         self._densities: deque[Tensor] = deque(maxlen=4096)
         self._last_call: tuple[int, float] | None = None
@@ -51,6 +56,7 @@ class LayerState:
     def __deepcopy__(self, memo: dict) -> LayerState:
         copied = self._fresh_copy()
         copied.tokens_permuted = self.tokens_permuted
+        copied.logs_density = self.logs_density
         memo[id(self)] = copied
         return copied
 
@@ -168,14 +174,14 @@ def _find(handle: Tensor) -> LayerState:
     state = _STATES.get(int(handle[0]))
     if state is None:
         raise RuntimeError(
-            "vdit_py: a sparse-attention state was expected to be alive, its handle points to none; keep the "
+            "vdit_ext.sparse: a method's state was expected to be alive, its handle points to none; keep the "
             "object that new_state returned"
         )
     handle[1] += 1
     return state
 
 
-@torch.library.custom_op("vdit_py::refine_clusters", mutates_args=("handle",))
+@torch.library.custom_op(f"{_OWN_OPS}::refine_clusters", mutates_args=("handle",))
 def refine_clusters(x: Tensor, handle: Tensor, num_clusters: int, side: str) -> tuple[Tensor, Tensor, Tensor]:
     """K-means of x in a :class:`ClusterState`.
 
@@ -203,7 +209,7 @@ def _(x, handle, num_clusters, side):
     )
 
 
-@torch.library.custom_op("vdit_py::record_density", mutates_args=("handle",))
+@torch.library.custom_op(f"{_OWN_OPS}::record_density", mutates_args=("handle",))
 def record_density(density: Tensor, handle: Tensor) -> None:
     """Note the density ``[B|1, H|1]`` of a plan in the state; no synchronisation."""
     _find(handle)._densities.append(density.detach().clone())
@@ -214,7 +220,13 @@ def _(density, handle):
     return None
 
 
-@torch.library.custom_op("vdit_py::sample_rows", mutates_args=("handle",))
+def note_density(plan: BlockPlan, layout: TokenLayout, state: LayerState) -> None:
+    """Note the density of a self-attention plan in the state, where it keeps a log; for the end of ``plan``."""
+    if state.logs_density:
+        record_density(plan.density(layout.num_tokens, layout.num_tokens), state.handle)
+
+
+@torch.library.custom_op(f"{_OWN_OPS}::sample_rows", mutates_args=("handle",))
 def sample_rows(handle: Tensor, count: int, limit: int) -> Tensor:
     """Row numbers int64 CPU ``[count]`` below ``limit``, other ones at every call of a :class:`SampleState`."""
     return torch.randint(limit, (count,), generator=_find(handle).generator)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .gate import count_dense_layers, is_dense_step, require_choice, require_range
+from .gate import count_dense_layers, is_dense_step, require_choice, require_number, require_whole
 from .plan import BlockPlan, StepInfo, TokenLayout, add_text_blocks, add_text_index, add_text_offsets
 from .shapes import SHAPES, preset_settings
-from .state import SampleState, record_density, sample_rows
+from .state import SampleState, note_density, sample_rows
+from .transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class SVG1:
     than a block on either side.
 
     Raises:
-        ValueError: one sentence, when a setting is out of range.
+        ValueError: one sentence, when a setting is out of range or of the wrong type.
     """
 
     name: ClassVar[str] = "svg1"
@@ -64,13 +65,15 @@ class SVG1:
 
     def __post_init__(self) -> None:
         for field in ("density", "dense_step_fraction", "dense_layer_fraction"):
-            require_range("SVG1", field, getattr(self, field), 0, 1)
+            require_number("SVG1", field, getattr(self, field), 0, 1)
         for field in ("num_samples", "block_size"):
-            require_range("SVG1", field, getattr(self, field), 1, math.inf)
-        for field in ("seed", "profile_frames"):
-            require_range("SVG1", field, getattr(self, field), 0, math.inf)
+            require_whole("SVG1", field, getattr(self, field), 1)
+        require_whole("SVG1", "seed", self.seed, 0)
+        require_number("SVG1", "profile_frames", self.profile_frames, 0)
+        if self.sample_limit is not None:
+            require_whole("SVG1", "sample_limit", self.sample_limit, 1)
         if self.flow_shift is not None:
-            require_range("SVG1", "flow_shift", self.flow_shift, 0, math.inf)
+            require_number("SVG1", "flow_shift", self.flow_shift, 0)
         require_choice("SVG1", "rounding", self.rounding, ("ceil", "floor"))
         require_choice("SVG1", "dense_layer_rounding", self.dense_layer_rounding, ("floor", "ceil"))
 
@@ -97,7 +100,7 @@ class SVG1:
 
     def new_state(self, layer: int, num_layers: int) -> SampleState:
         """State of one attention layer: the generator of its sampled rows and a density log."""
-        return SampleState(layer, num_layers, self.seed)
+        return SampleState(layer, num_layers, int(self.seed))
 
     def begin_step(self, info: StepInfo, layout: TokenLayout, state: SampleState) -> None:
         """Start the samples and the density log anew when a new video has begun. Host-side."""
@@ -139,7 +142,7 @@ class SVG1:
         frames = layout.grid[0]
         frame_size = layout.num_video // frames
         limit = layout.num_video if self.sample_limit is None else min(self.sample_limit, layout.num_video)
-        rows = sample_rows(state.handle, self.num_samples, limit).to(q.device)
+        rows = to_device(sample_rows(state.handle, self.num_samples, limit), q.device)
         temporal = self.is_temporal(q, k, layout, rows, v)
 
         native = torch.arange(layout.num_video, device=q.device, dtype=torch.int32)
@@ -155,7 +158,7 @@ class SVG1:
         offsets = add_text_offsets(offsets.clamp(max=layout.num_video)[None, None], layout)
         index = add_text_index(order, layout)
         plan = BlockPlan(counts, lists, q_offsets=offsets, kv_offsets=offsets, q_index=index, kv_index=index)
-        record_density(plan.density(layout.num_tokens, layout.num_tokens), state.handle)
+        note_density(plan, layout, state)
         return plan
 
     def band_tokens(self, layout: TokenLayout) -> int:

@@ -22,11 +22,18 @@ _LATE = {"load_pipeline", "ToyPipeline", "ToyResult"}  # need diffusers, which t
 
 
 def __getattr__(name):
-    if name in _LATE:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
         from . import pipeline
-
-        return getattr(pipeline, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "diffusers":
+            raise
+        raise ImportError(
+            f"vdit_ext.toyworld.{name}: diffusers is expected to be installed, it is not; run "
+            "`pip install 'vdit-ext[video]'`"
+        ) from error
+    return getattr(pipeline, name)
 
 
 __all__ = [

@@ -28,8 +28,8 @@ SHOWN_SHARE = 0.85  # of the frames must show the thing
 def measure(frames: np.ndarray, spec: scene.SceneSpec) -> dict:
     """Check a clip uint8 [f, 96, 96, 3] against a spec with one thing.
 
-    Returns a dict: the bools `colour`, `motion`, `background` and `shape`, of which the first three
-    together are `passed`, what was seen (`seen_colour`, `seen_motion`, `seen_shape`), `track` float
+    Returns a dict: the bools `colour`, `motion`, `background` and `shape`, all together `passed`,
+    what was seen (`seen_colour`, `seen_motion`, `seen_shape`), `track` float
     [f][2] (x, y in pixels, NaN where nothing shows), `shown` (share of frames with a thing),
     `colour_distance` and `background_error` in 0..255. Raises ValueError for frames of another size.
     """
@@ -54,8 +54,7 @@ def measure(frames: np.ndarray, spec: scene.SceneSpec) -> dict:
         "background": error < BACKGROUND_ERROR,
     }
     return {
-        # Shapes of the toy model are rough: reported, and no condition for the rest.
-        "passed": found["colour"] and found["motion"] and found["background"],
+        "passed": all(found.values()),
         **found,
         "seen_colour": seen_colour,
         "seen_motion": seen_motion,
@@ -261,9 +260,9 @@ def main(
     if record is not None:
         record.write_text(json.dumps(result, indent=1) + "\n")
     if picture is not None:
-        from .sheet import contact_sheet
+        from .sheet import clip_grid
 
-        image.fromarray(contact_sheet(clips)).save(picture)
+        image.fromarray(clip_grid(clips)).save(picture)
 
 
 def _check_output(option: str, path: Path) -> None:

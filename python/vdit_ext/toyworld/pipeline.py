@@ -16,10 +16,18 @@ from . import captions, codec, model, scene, text
 WEIGHTS = Path(__file__).parent.parent / "weights"
 NAME = "toy_t2v"
 DEFAULT_STEPS = 16
-DEFAULT_GUIDANCE = 4.0
+DEFAULT_GUIDANCE = 8.0
 FLOW_SHIFT = 12.0  # as in training: scenes are decided at high noise, where most steps should fall
 # Below this noise level the scene is decided; leaning on the prompt there only draws halos.
-GUIDED_ABOVE = 0.8
+GUIDED_ABOVE = 0.95
+
+_CARD = {
+    "config": dict,
+    "settings": dict,
+    "steps": int,
+    "active_seconds": int,
+    "sha256": str,
+}  # what must be there
 
 # The pixel sizes for which WanPipeline, counting on its own VAE, makes latents of 8 by 32 by 32.
 _WAN_SIZE = dict(height=256, width=256, num_frames=29)
@@ -135,11 +143,20 @@ def read_card(folder: Path = WEIGHTS, name: str = NAME) -> dict:
     path = Path(folder) / f"{name}.json"
     try:
         card = json.loads(_read(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name}: expected JSON, got {error}; install the package again") from None
+    if not isinstance(card, dict):
+        came = type(card).__name__
+        raise ValueError(f"{path.name}: expected a JSON object, got {came}; install the package again")
     if card.get("world_version") != scene.WORLD_VERSION:
         came, wanted = card.get("world_version"), scene.WORLD_VERSION
         raise ValueError(f"{path.name}: expected weights of toy world {wanted}, got {came}; train again")
+    for key, kind in _CARD.items():
+        if not isinstance(card.get(key), kind):
+            came = type(card[key]).__name__ if key in card else "nothing"
+            raise ValueError(
+                f"{path.name}: expected {key} to be {kind.__name__}, got {came}; install the package again"
+            )
     return card
 
 
@@ -171,26 +188,53 @@ def _convert(transformer, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def export_run(run, folder: Path, command: str = "", name: str = NAME) -> None:
-    """Write a training run's averaged weights (float16), its card and its loss curve into a folder."""
+def export_run(run, folder: Path, name: str = NAME) -> None:
+    """Write a training run's averaged weights (float16), its card and its loss curve into a folder.
+
+    Each file appears whole or not at all. A run that began from other weights carries on their loss curve, and
+    its card holds theirs as `began_from`.
+    """
+    from .train import read_curve, write_curve
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.to(torch.float16).contiguous() for key, value in run.averaged_state().items()}
     data = save(tensors)
-    (folder / f"{name}.safetensors").write_bytes(data)
     settings = dataclasses.asdict(run.settings)
+    start, config = settings.pop("start"), settings.pop("config")
+    earlier, curve = None, run.curve
+    if start:
+        earlier = read_card(Path(start), name)
+        steps, seconds = earlier["steps"], earlier["active_seconds"]
+        later = [[step + steps, round(second + seconds, 1), loss] for step, second, loss in curve]
+        curve = read_curve(Path(start) / f"{name}_loss.csv") + later
     card = {
         "what": "toy text-to-video model of vdit_ext, trained on its own rendered clips",
-        "config": settings.pop("config"),
+        "config": config,
         "settings": settings,
-        "command": command,
+        "command": _command(run.settings),
         "world_version": scene.WORLD_VERSION,
-        "steps": run.step,
-        "active_seconds": round(run.active_seconds),
+        "steps": run.step + (earlier["steps"] if earlier else 0),
+        "active_seconds": round(run.active_seconds) + (earlier["active_seconds"] if earlier else 0),
         "last_loss": run.curve[-1][2] if run.curve else None,
         "torch": torch.__version__,
         "sha256": hashlib.sha256(data).hexdigest(),
+        "began_from": earlier,
     }
-    (folder / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
-    lines = ["step,seconds,loss"] + [f"{step},{seconds},{loss}" for step, seconds, loss in run.curve]
-    (folder / f"{name}_loss.csv").write_text("\n".join(lines) + "\n")
+    _replace(folder / f"{name}.safetensors", lambda path: path.write_bytes(data))
+    _replace(folder / f"{name}_loss.csv", lambda path: write_curve(curve, path))
+    _replace(folder / f"{name}.json", lambda path: path.write_text(json.dumps(card, indent=2) + "\n"))
+
+
+def _command(settings) -> str:
+    budget = f"--steps {settings.steps}" if settings.steps else f"--minutes {settings.minutes:g}"
+    start = " --start WEIGHTS_BEFORE" if settings.start else ""
+    return (
+        f"python -m vdit_ext.toyworld.train --out RUN {budget} --seed {settings.seed}{start} --export WEIGHTS"
+    )
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    part = path.with_name(path.name + ".part")
+    write(part)
+    part.replace(path)

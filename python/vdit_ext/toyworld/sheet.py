@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def contact_sheet(clips: list[np.ndarray], shown: int = 6, columns: int = 2, gap: int = 4) -> np.ndarray:
+def clip_grid(clips: list[np.ndarray], shown: int = 6, columns: int = 2, gap: int = 4) -> np.ndarray:
     """Clips uint8 [f, h, w, 3], all of one size, to one uint8 picture [height, width, 3].
 
     shown: frames per clip, evenly spread. Clips run down the first column, then the next.

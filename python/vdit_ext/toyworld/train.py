@@ -49,15 +49,20 @@ class Settings:
     ema: float = 0.99
     null_prompts: float = 0.1
     smallest_noise: float = 0.2  # caps the weight 1/noise**2 of a clip's loss
+    start: str = ""  # folder of exported weights to begin with; "" draws new ones
     config: dict = dataclasses.field(default_factory=lambda: dict(model.CONFIG))
+
+
+# For weights that know the world already: where a thing is needs whole clips.
+LATER_STAGES = ((0.25, 4, 8, 8.0), (1.0, 8, 4, 12.0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Team:
     """Processes that train one model together, each on its share of every batch.
 
-    On a shared CPU two processes of one thread beat one of two threads: they wait for each other
-    once a step and not once an operation (beside three other jobs 4.2 s a step became 2.7 s).
+    On a CPU that other work shares, two processes of one thread beat one of two threads: they wait for
+    each other once a step and not once an operation (2.7 s a step instead of 4.2 s in one such case).
     """
 
     rank: int = 0
@@ -91,7 +96,7 @@ class Run:
     def __init__(self, settings: Settings, device: str = "cpu"):
         torch.manual_seed(settings.seed)
         self.settings, self.device = settings, torch.device(device)
-        self.model = model.build(settings.config).to(self.device)
+        self.model = _first_weights(settings).to(self.device)
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         matrices, others = _split_parameters(self.model)
         self.optimizers = [
@@ -141,6 +146,20 @@ class Run:
     def averaged_state(self) -> dict[str, torch.Tensor]:
         """The averaged weights, which sample better than the last ones."""
         return {name: value.detach().cpu() for name, value in self.average.items()}
+
+
+def _first_weights(settings: Settings):
+    """Exported weights to go on from, or new ones; of the model that the settings describe."""
+    if not settings.start:
+        return model.build(settings.config)
+    from .pipeline import load_pipeline
+
+    net = load_pipeline(folder=Path(settings.start)).transformer
+    came = {name: net.config[name] for name in settings.config}
+    if json.loads(json.dumps(came)) != json.loads(json.dumps(settings.config)):
+        wanted = settings.config
+        raise ValueError(f"start: expected weights of {wanted}, got {came}; leave it out to train anew")
+    return net.train().requires_grad_(True)
 
 
 def _split_parameters(net) -> tuple[list, list]:
@@ -268,7 +287,7 @@ def train(run: Run, out: Path, *, compiled: bool = True, save_every: float = 120
 
 def _record(run: Run, out: Path) -> None:
     run.save(out / "checkpoint.pt")
-    write_curve(run, out / "loss.csv")
+    write_curve(run.curve, out / "loss.csv")
 
 
 def _bar() -> Progress:
@@ -276,10 +295,16 @@ def _bar() -> Progress:
     return Progress(*words, TimeRemainingColumn())
 
 
-def write_curve(run: Run, path: Path) -> None:
-    """Write step, active seconds and mean loss since the previous line."""
-    lines = ["step,seconds,loss"] + [f"{step},{seconds},{loss}" for step, seconds, loss in run.curve]
+def write_curve(curve: list, path: Path) -> None:
+    """Write rows of step, active seconds and mean loss since the row before as CSV."""
+    lines = ["step,seconds,loss"] + [f"{step},{seconds},{loss}" for step, seconds, loss in curve]
     path.write_text("\n".join(lines) + "\n")
+
+
+def read_curve(path: Path) -> list:
+    """What `write_curve` wrote."""
+    rows = (line.split(",") for line in path.read_text().splitlines()[1:])
+    return [[int(step), float(seconds), float(loss)] for step, seconds, loss in rows]
 
 
 def work(settings: Settings, out: Path, resume: bool, device: str, compiled: bool, team: Team = ALONE) -> Run:
@@ -313,6 +338,11 @@ def launch(settings: Settings, out: Path, *, resume=False, device="cpu", compile
     return run
 
 
+def _refuse(sentence: str):
+    typer.echo(sentence, err=True)
+    raise typer.Exit(2)
+
+
 app = typer.Typer(add_completion=False)
 
 
@@ -325,13 +355,22 @@ def main(
     resume: bool = typer.Option(False, help="Go on from OUT/checkpoint.pt when it exists."),
     device: str = typer.Option("auto", help="cpu, cuda, or auto: cuda when there is one."),
     workers: int = typer.Option(1, help="Processes that share each batch, on a CPU; 2 suits a shared machine."),
+    start: str = typer.Option("", help="Go on from the weights exported into this folder."),
     export: Path | None = typer.Option(None, help="Also write the weights into this folder."),
     compiled: bool = typer.Option(True, help="Compile the transformer blocks."),
 ):
     """Train the toy text-to-video model."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = Settings(seed=seed, minutes=minutes, steps=steps)
+    if (out / "checkpoint.pt").exists() and not resume:
+        _refuse(
+            f"--out: a folder without checkpoint.pt was expected, {out} has one; add --resume or take another"
+        )
+    if export is not None and export.exists() and not (export.is_dir() and os.access(export, os.W_OK)):
+        _refuse(f"--export: a folder that can be written was expected, got {export}; choose another one")
+    settings = Settings(seed=seed, minutes=minutes, steps=steps, start=start)
+    if start:
+        settings = dataclasses.replace(settings, stages=LATER_STAGES, flat_share=0.4)
     run = launch(settings, out, resume=resume, device=device, compiled=compiled, workers=workers)
     if export is not None:
         from .pipeline import export_run

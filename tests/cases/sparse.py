@@ -47,6 +47,27 @@ def tensors(batch: int, heads: int, length: int, dim: int, seed: int = 0, count:
     )
 
 
+def rotary_tables(grid: tuple[int, int, int], head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of three-axis rotary embedding, fp32 ``[tokens, head_dim]``, each value twice."""
+    side = head_dim // 6
+    angles = []
+    for place, count in zip(
+        torch.meshgrid(*map(torch.arange, grid), indexing="ij"),
+        (head_dim // 2 - 2 * side, side, side),
+        strict=True,
+    ):
+        frequency = 10_000 ** -(torch.arange(count, dtype=torch.float64) / max(1, count))
+        angles.append(place.reshape(-1, 1) * frequency)
+    table = torch.cat(angles, -1).repeat_interleave(2, -1)
+    return table.cos().float(), table.sin().float()
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rows of ``x [..., S, D]`` with neighbouring pairs turned by tables ``[S, D]``, as complex products, fp64."""
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.complex(cos[:, ::2].double(), sin[:, ::2].double())).flatten(-2)
+
+
 def cosine(a: Tensor, b: Tensor) -> float:
     """Cosine similarity of two tensors."""
     return float(torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))

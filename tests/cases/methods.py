@@ -84,13 +84,3 @@ class Banded:
 
     def reset(self, state: State) -> None:
         state.resets += 1
-
-
-@dataclass(frozen=True)
-class ShareGated(Banded):
-    """Dense for the first half of the steps, whose number it must therefore know."""
-
-    name: ClassVar[str] = "share"
-
-    def is_dense(self, info: StepInfo, layer: int) -> bool:
-        return info.step < 0.5 * info.num_steps

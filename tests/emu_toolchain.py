@@ -13,9 +13,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
-CORE = ("block.cpp", "fiber.cpp", "mma.cpp")
+CORE = ("block.cpp", "copies.cpp", "fiber.cpp", "hopper.cpp", "mma.cpp", "wgmma.cpp")
 HEADER_PACKAGES = ("nvidia-cutlass", "nvidia-cuda-runtime", "nvidia-cuda-crt", "nvidia-cuda-cccl")
 
 
@@ -52,13 +52,14 @@ def cutlass_include_dir() -> Path | None:
     return Path(spec.submodule_search_locations[0]) / "source" / "include"
 
 
-def header_flags() -> list[str]:
-    """-I and -isystem flags for a kernel source. Raises MissingTool."""
+def header_flags(*, with_cuda: bool = True) -> list[str]:
+    """-I and -isystem flags for a kernel source; nvcc brings CUDA's own. Raises MissingTool."""
     cutlass, cuda = cutlass_include_dir(), cuda_include_dirs()
     if cutlass is None or not cuda:
         what = "CUTLASS" if cutlass is None else "CUDA"
         raise MissingTool(f"No {what} headers were found: pip install {' '.join(HEADER_PACKAGES)}.")
-    return [f"-I{CSRC}", *(f"-isystem{folder}" for folder in (cutlass, *cuda))]
+    folders = (cutlass, *cuda) if with_cuda else (cutlass,)
+    return [f"-I{CSRC}", f"-I{CSRC / 'include'}", *(f"-isystem{folder}" for folder in folders)]
 
 
 def cache_dir() -> Path:
@@ -73,7 +74,7 @@ def _key(command: list[str], source: Path) -> str:
     """Names a build by all that goes into it: the command, the compiler, the source and our headers."""
     compiler = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
     digest = hashlib.sha256("\0".join([*command, compiler]).encode())
-    headers = [CSRC / "common" / "device.h", CSRC / "common" / "launch.h", *sorted((CSRC / "emu").glob("*.h"))]
+    headers = [*sorted((CSRC / "common").glob("*.h")), *sorted((CSRC / "emu").glob("*.h"))]
     for file in [source, *headers]:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

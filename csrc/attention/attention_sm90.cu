@@ -1,0 +1,54 @@
+// block_sparse_attention for sm90: the entry.
+#include "attention/kernel_sm90_order.cuh"
+#include "attention/launch_checks.h"
+#include "attention/tile.h"
+
+namespace vdit {
+namespace sm90 {
+
+// attention_<type>_d<head size>_sm90.cu
+template <class T, int kHeadDim>
+void attend(BlockSparseAttentionParams const& p, void* workspace, void* stream);
+
+template <class T>
+void attend_any(BlockSparseAttentionParams const& p, void* workspace, void* stream) {
+  if (p.head_dim == 64) return attend<T, 64>(p, workspace, stream);
+  if (p.head_dim == 96) return attend<T, 96>(p, workspace, stream);
+  attend<T, 128>(p, workspace, stream);
+}
+
+// TMA takes strides below 2^40 bytes.
+bool can_walk(Strides3 const& stride, int64_t batch, int64_t heads, int64_t length) {
+  auto const fits = [](int64_t size, int64_t elements) {
+    return size <= 1 || (elements >= 0 && elements * 2 < (int64_t{1} << 40));
+  };
+  return fits(batch, stride.b) && fits(heads, stride.h) && fits(length, stride.s);
+}
+
+}  // namespace sm90
+
+bool can_run_block_sparse_attention_sm90(BlockSparseAttentionParams const& p) {
+  return p.seqlen_kv > 0 && sm90::can_walk(p.stride_q, p.batch, p.heads, p.seqlen_q) &&
+         sm90::can_walk(p.stride_k, p.batch, p.heads, p.seqlen_kv) &&
+         sm90::can_walk(p.stride_v, p.batch, p.heads, p.seqlen_kv);
+}
+
+int64_t block_sparse_attention_sm90_workspace_bytes(BlockSparseAttentionParams const& p) {
+  int64_t const items = max_query_tiles(p, attention_tile_sm90(p.head_dim).block_m());
+  return p.batch * p.heads * items * static_cast<int64_t>(sizeof(sm90::WorkItem)) + 16;
+}
+
+void run_block_sparse_attention_sm90(BlockSparseAttentionParams const& p, void* workspace, void* stream) {
+  if (p.seqlen_q == 0) return;
+  check_cuda_attention(p);
+  if (!can_run_block_sparse_attention_sm90(p)) {
+    throw std::runtime_error(
+        "vdit::block_sparse_attention: keys and strides above 0 were expected by the sm90 kernel, got none; "
+        "call "
+        "run_block_sparse_attention_sm80.");
+  }
+  if (p.dtype == DType::kFloat16) return sm90::attend_any<cute::half_t>(p, workspace, stream);
+  sm90::attend_any<cute::bfloat16_t>(p, workspace, stream);
+}
+
+}  // namespace vdit
