@@ -490,7 +490,10 @@ size_t check_shared(char const* name, Site at, void const* p, size_t bytes, size
   auto const offset =
       static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(block->shared()));
   auto const size = static_cast<int64_t>(block->launch().smem_bytes);
-  if (std::abs(offset) > 1 << 24) fail(name, at, "an address that is not in shared memory");
+  // As far off as no index of a block reaches; what is nearer is told as the bytes that were meant.
+  if (std::abs(offset) > static_cast<int64_t>(kMostShared)) {
+    fail(name, at, "an address that is not in shared memory");
+  }
   if (offset < 0 || offset + static_cast<int64_t>(bytes) > size) {
     fail(name, at, range_text(static_cast<size_t>(offset), bytes));
   }

@@ -373,7 +373,8 @@ CASE_KERNEL(ThrowKernel, 32) {
 template <class Kernel>
 std::function<void()> broken(Grid grid = {1, 1, 1}, size_t smem_bytes = 512) {
   return [=] {
-    alignas(16) static char memory[1024];
+    // On the stack, which is never mapped near the heap that shared memory comes from.
+    alignas(16) char memory[1024] = {};
     launch<Kernel>(grid, smem_bytes, nullptr,
                    {reinterpret_cast<int32_t*>(memory), reinterpret_cast<uint32_t*>(memory),
                     reinterpret_cast<float*>(memory), reinterpret_cast<unsigned long long*>(memory), memory});
