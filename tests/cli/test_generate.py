@@ -269,7 +269,13 @@ def test_signal_ends_with_130_and_leaves_nothing(tmp_path, kind):
     environment = os.environ | {"VDIT_TINY_WAIT": "0.3", "VDIT_TINY_MARKER": str(marker)}
     command = [sys.executable, str(TINY), *map(str, arguments(out / "clip.mp4", "--steps", "500", "--json"))]
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job, as this test may be one, ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         for _ in range(600):
             if marker.exists() or process.poll() is not None:
