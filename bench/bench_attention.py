@@ -18,7 +18,7 @@ from vdit_ext.ops import attention as defs
 from vdit_ext.testing import TOLERANCE, assert_close
 
 OPS = (
-    *cases.OPS,
+    *defs.OPS,
     "svg2",
 )
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

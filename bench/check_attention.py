@@ -14,7 +14,7 @@ from vdit_ext.sparse import SVG1, SVG2, DraftAttention, TokenLayout
 from vdit_ext.testing import TOLERANCE, assert_close, generator
 
 OPS = (
-    *cases.OPS,
+    *defs.OPS,
     "plan",
     "cuda_graph",
     "stream",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -24,6 +25,19 @@ def built(name: str, **options) -> Path:
         pytest.skip(str(reason))
 
 
+def assert_right(program: Path, case: str, order: str) -> None:
+    done = run_emulated(program, case, order=order)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stdout + done.stderr
+
+
+def assert_names_mistake(program: Path, case: str, sentence: str, order: str, starts: str) -> None:
+    """A wrong kernel ends, never hangs, with one line that holds ``sentence`` and begins with ``starts``."""
+    done = run_emulated(program, case, order=order, timeout=20)
+    assert done.returncode == 1 and re.search(sentence, done.stdout), done.stdout
+    assert re.match(starts, done.stdout)
+    assert done.stdout.count("\n") == 1
+
+
 def run_sanitized(program: Path, *arguments: str, order: str = "forward"):
     done = run_emulated(
         program, *arguments, order=order, TSAN_OPTIONS="exitcode=66", ASAN_OPTIONS="exitcode=66"
@@ -36,3 +50,10 @@ def run_sanitized(program: Path, *arguments: str, order: str = "forward"):
     if "unexpected memory mapping" in done.stderr:
         pytest.skip("ThreadSanitizer does not run under this kernel's address layout")
     return done
+
+
+def assert_silent_under_sanitizer(program: Path, cases: list[str]) -> None:
+    for case in cases:
+        for order in ("forward", "random:1"):
+            done = run_sanitized(program, case, order=order)
+            assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", ""), case

@@ -16,6 +16,8 @@ from types import ModuleType
 
 import numpy as np
 
+from ._extras import needing
+
 _CHUNK = 2**22  # pixels of a clip that are compared at once: SSIM takes about 150 bytes for each
 PLEASANT = 384  # pixels along the short side below which a clip is enlarged for viewing
 _GAINS = (64, 32, 16, 8, 4, 2, 1)
@@ -252,13 +254,7 @@ def _cut(text: str, font, width: float) -> str:
 
 def _need(name: str) -> ModuleType:
     """Import a module of the ``video`` extra; a missing one is an ImportError that says what to install."""
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name.partition(".")[0]:
-            raise
-        package = {"PIL": "pillow"}.get(error.name, error.name)
-        raise ImportError(
-            f"vdit_ext.video: {package} is expected to be installed, it is not; run "
-            "`pip install 'vdit-ext[video]'`"
-        ) from error
+    root = name.partition(".")[0]
+    with needing(root, __name__):
+        import_module(root)
+    return import_module(name)

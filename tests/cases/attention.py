@@ -11,20 +11,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# The family's ops, in the order of its schema.
-OPS = (
-    "block_sparse_attention",
-    "merge_attention",
-    "permute_rows",
-    "unpermute_rows",
-    "mean_pool_blocks",
-    "kmeans_assign",
-    "label_sort",
-    "segment_mean",
-    "topk_blocks",
-    "topp_blocks",
-)
-
 
 @dataclass(frozen=True)
 class AttentionCase:

@@ -8,7 +8,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from emu_programs import KERNELS, ORDERS, built, run_sanitized
+from emu_programs import (
+    KERNELS,
+    ORDERS,
+    assert_names_mistake,
+    assert_right,
+    assert_silent_under_sanitizer,
+    built,
+    run_sanitized,
+)
 from emu_toolchain import CORE, CSRC, compile_object, header_flags, run_emulated
 
 
@@ -54,8 +62,7 @@ RIGHT = [
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("case", RIGHT)
 def test_instruction(instructions, case, order):
-    done = run_emulated(instructions, case, order=order)
-    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+    assert_right(instructions, case, order)
 
 
 HERE = r"\(instructions\.cu:\d+\)"
@@ -83,11 +90,8 @@ SENTENCES = {
 @pytest.mark.parametrize("case", SENTENCES)
 def test_mistake_is_named(instructions, case, order):
     """One sentence with kernel, block, collective, line and threads; never a hang."""
-    done = run_emulated(instructions, case, order=order, timeout=20)
-    assert done.returncode == 1 and re.search(SENTENCES[case], done.stdout), done.stdout
-    if case != "throw":
-        assert re.match(r"vdit::\w+", done.stdout)
-    assert done.stdout.count("\n") == 1
+    starts = "" if case == "throw" else r"vdit::\w+"
+    assert_names_mistake(instructions, case, SENTENCES[case], order, starts)
 
 
 def test_unknown_order_is_refused(instructions):
@@ -104,11 +108,8 @@ def line_of(text: str) -> int:
 
 @pytest.mark.parametrize("sanitize", ["address", "thread"])
 def test_right_kernels_are_silent_under_a_sanitizer(sanitize):
-    program = built("instructions.cu", sanitize=sanitize)
-    for case in ["shuffles", "barriers", "atomics", "ldmatrix", "cp_async", "neighbours", "after_error"]:
-        for order in ("forward", "random:1"):
-            done = run_sanitized(program, case, order=order)
-            assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", ""), case
+    cases = ["shuffles", "barriers", "atomics", "ldmatrix", "cp_async", "neighbours", "after_error"]
+    assert_silent_under_sanitizer(built("instructions.cu", sanitize=sanitize), cases)
 
 
 def test_address_sanitizer_names_the_overrun():

@@ -8,7 +8,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from emu_programs import KERNELS, ORDERS, built, run_sanitized
+from emu_programs import (
+    KERNELS,
+    ORDERS,
+    assert_names_mistake,
+    assert_right,
+    assert_silent_under_sanitizer,
+    built,
+)
 from emu_toolchain import header_flags, run_emulated
 
 
@@ -26,8 +33,7 @@ RIGHT = [
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("case", RIGHT)
 def test_instruction(hopper, case, order):
-    done = run_emulated(hopper, case, order=order)
-    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stdout + done.stderr
+    assert_right(hopper, case, order)
 
 
 @pytest.mark.parametrize("order", [*ORDERS, "random:3", "random:4", "random:5"])
@@ -99,19 +105,13 @@ SENTENCES = {
 @pytest.mark.parametrize("case", SENTENCES)
 def test_mistake_is_named(hopper, case, order):
     """In every order, one sentence with kernel, block, line and threads; two where a dead-lock is explained."""
-    done = run_emulated(hopper, case, order=order, timeout=20)
-    assert done.returncode == 1 and re.search(SENTENCES[case], done.stdout), done.stdout
-    assert re.match(r"vdit::\w+, block \(\d, \d, 0\): ", done.stdout)
-    assert done.stdout.count("\n") == 1
+    assert_names_mistake(hopper, case, SENTENCES[case], order, r"vdit::\w+, block \(\d, \d, 0\): ")
 
 
 @pytest.mark.parametrize("sanitize", ["address", "thread"])
 def test_right_kernels_are_silent_under_a_sanitizer(sanitize):
-    program = built("hopper.cu", sanitize=sanitize)
-    for case in ["named", "arrive", "stmatrix", "registers", "tma_load", "tma_store", "bulk_load", "groups"]:
-        for order in ("forward", "random:1"):
-            done = run_sanitized(program, case, order=order)
-            assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", ""), case
+    cases = ["named", "arrive", "stmatrix", "registers", "tma_load", "tma_store", "bulk_load", "groups"]
+    assert_silent_under_sanitizer(built("hopper.cu", sanitize=sanitize), cases)
 
 
 def compiled_for_hopper(kernel: str, standard: str, output: Path) -> str:

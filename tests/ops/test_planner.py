@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from cases.attention import OPS, as_it_lies
+from cases.attention import as_it_lies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -410,10 +410,10 @@ def floats_of(result):
 
 
 def test_every_op_is_in_the_lists():
-    assert set(OPCHECKS) | {"block_sparse_attention"} == set(OPS)
+    assert set(OPCHECKS) | {"block_sparse_attention"} == set(defs.OPS)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", defs.OPS)
 def test_backward_is_refused_with_a_sentence(name):
     args = forward_args(name)
     with warnings.catch_warnings():
@@ -435,7 +435,7 @@ def test_backward_is_refused_with_a_sentence(name):
 
 
 @pytest.mark.filterwarnings("ignore:Error detected in NoBackward")
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", defs.OPS)
 def test_compiles_whole_with_gradients_off_and_refuses_them_on(name):
     args = forward_args(name)
     op = getattr(torch.ops.vdit, name)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .._extras import package_of
 from .console import Reporter
 from .errors import Refusal, refusing
 
@@ -187,10 +188,9 @@ def _size(size: str | None) -> tuple[int | None, int | None]:
     return int(width), int(height)
 
 
-# Modules of the `video` extra by what they are for, and their packages where those go by another name.
+# Modules of the `video` extra by what they are for.
 SAMPLING, FOLDERS = ("diffusers", "transformers"), ("accelerate",)
 MEASURING, CLIPS, PLOTS = ("torchmetrics.functional.image",), ("av", "PIL.Image"), ("matplotlib.figure",)
-_PACKAGE = {"PIL": "pillow"}
 
 
 def check_packages(*modules: str) -> None:
@@ -203,7 +203,7 @@ def check_packages(*modules: str) -> None:
         except ModuleNotFoundError as error:
             if error.name != root:
                 raise
-            missing.append(_PACKAGE.get(root, root))
+            missing.append(package_of(root))
         else:
             import_module(name)
     if missing:

@@ -20,6 +20,19 @@ from ._library import NAMESPACE
 
 _OPS = getattr(torch.ops, NAMESPACE)
 
+# The family, in the order of its schema.
+OPS = (
+    "block_sparse_attention",
+    "merge_attention",
+    "permute_rows",
+    "unpermute_rows",
+    "mean_pool_blocks",
+    "kmeans_assign",
+    "label_sort",
+    "segment_mean",
+    "topk_blocks",
+    "topp_blocks",
+)
 HEAD_DIMS_CUDA = (64, 96, 128)
 
 
@@ -67,20 +80,10 @@ def _register_no_backward(op: str) -> None:
 
 # Kept for the life of the process: kernels leave with their library object.
 _AUTOGRAD = torch.library.Library(NAMESPACE, "IMPL")
-# label_sort takes no floating tensor. The results of kmeans_assign, topk_blocks and topp_blocks are integers,
-# which cut the graph as argmax does.
-for _op in (
-    "block_sparse_attention",
-    "merge_attention",
-    "permute_rows",
-    "unpermute_rows",
-    "mean_pool_blocks",
-    "kmeans_assign",
-    "segment_mean",
-    "topk_blocks",
-    "topp_blocks",
-):
-    _register_no_backward(_op)
+# The results of kmeans_assign, topk_blocks and topp_blocks are integers, which cut the graph as argmax does.
+for _op in OPS:
+    if _op != "label_sort":  # takes no floating tensor
+        _register_no_backward(_op)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -91,7 +91,8 @@ def kmeans(
             f"kmeans: centroids must be {[batch, heads, num_clusters, dim]} {x.dtype}, got "
             f"{list(centroids.shape)} {centroids.dtype}"
         )
-    centroids = _finite(centroids)
+    else:
+        centroids = _finite(centroids)
     for _ in range(num_iters):
         labels = ops.kmeans_assign(x, centroids)
         sorted_idx, offsets = ops.label_sort(labels, num_clusters)

@@ -14,6 +14,7 @@ check      says whether a clip shows what was asked
 Published models cannot stand in for these: their training data has no ground truth.
 """
 
+from .._extras import needing
 from . import captions, scene
 from .renderer import render
 from .scene import BackgroundSpec, Clip, SceneSpec, ThingSpec
@@ -24,15 +25,8 @@ _LATE = {"load_pipeline", "ToyPipeline", "ToyResult"}  # need diffusers, which t
 def __getattr__(name):
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
+    with needing("diffusers", f"{__name__}.{name}"):
         from . import pipeline
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "diffusers":
-            raise
-        raise ImportError(
-            f"vdit_ext.toyworld.{name}: diffusers is expected to be installed, it is not; run "
-            "`pip install 'vdit-ext[video]'`"
-        ) from error
     return getattr(pipeline, name)
 
 

@@ -194,7 +194,7 @@ def export_run(run, folder: Path, name: str = NAME) -> None:
     Each file appears whole or not at all. A run that began from other weights carries on their loss curve, and
     its card holds theirs as `began_from`.
     """
-    from .train import read_curve, write_curve
+    from .train import read_curve, write_curve, write_whole
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -221,9 +221,9 @@ def export_run(run, folder: Path, name: str = NAME) -> None:
         "sha256": hashlib.sha256(data).hexdigest(),
         "began_from": earlier,
     }
-    _replace(folder / f"{name}.safetensors", lambda path: path.write_bytes(data))
-    _replace(folder / f"{name}_loss.csv", lambda path: write_curve(curve, path))
-    _replace(folder / f"{name}.json", lambda path: path.write_text(json.dumps(card, indent=2) + "\n"))
+    write_whole(folder / f"{name}.safetensors", lambda path: path.write_bytes(data))
+    write_whole(folder / f"{name}_loss.csv", lambda path: write_curve(curve, path))
+    write_whole(folder / f"{name}.json", lambda path: path.write_text(json.dumps(card, indent=2) + "\n"))
 
 
 def _command(settings) -> str:
@@ -232,9 +232,3 @@ def _command(settings) -> str:
     return (
         f"python -m vdit_ext.toyworld.train --out RUN {budget} --seed {settings.seed}{start} --export WEIGHTS"
     )
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    part = path.with_name(path.name + ".part")
-    write(part)
-    part.replace(path)

@@ -13,6 +13,7 @@ import os
 import signal
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -123,8 +124,7 @@ class Run:
             "curve": self.curve,
             "settings": dataclasses.asdict(self.settings),
         }
-        torch.save(state, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
+        write_whole(path, lambda part: torch.save(state, part))
 
     def load(self, path: Path) -> None:
         """Take up a checkpoint. Raises ValueError when it was made with other settings."""
@@ -293,6 +293,13 @@ def _record(run: Run, out: Path) -> None:
 def _bar() -> Progress:
     words = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}")
     return Progress(*words, TimeRemainingColumn())
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside its place, then move it there: it appears whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    part.replace(path)
 
 
 def write_curve(curve: list, path: Path) -> None:

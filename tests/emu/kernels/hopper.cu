@@ -1,20 +1,13 @@
 // Hopper's instructions, each against a plain loop, and the mistakes that the emulator must name.
 //
 //   hopper CASE    prints "ok", or what went wrong
-#include <cstdio>
-#include <functional>
-#include <map>
 #include <string>
 #include <vector>
 
+#include "case.h"
 #include "common/device.h"
 #include "common/device_sm90.h"
 #include "common/launch.h"
-
-#define EXPECT(condition)                                                                             \
-  do {                                                                                                \
-    if (!(condition)) throw std::runtime_error("line " + std::to_string(__LINE__) + ": " #condition); \
-  } while (0)
 
 namespace vdit {
 
@@ -28,14 +21,6 @@ struct Buffers {
   int slot;  // where in shared memory, in lines of 128 bytes
   int size;
 };
-#define CASE_KERNEL(Name, threads)                                  \
-  struct Name {                                                     \
-    using Params = Buffers;                                         \
-    static constexpr int kThreads = threads;                        \
-    static constexpr int kMinBlocks = 1;                            \
-    VDIT_DEVICE void operator()(Params const& p, char* smem) const; \
-  };                                                                \
-  VDIT_DEVICE void Name::operator()([[maybe_unused]] Params const& p, [[maybe_unused]] char* smem) const
 
 constexpr int kBarrierAt = 65536;  // in shared memory, past everything else
 constexpr size_t kSmemBytes = kBarrierAt + 1024;
@@ -197,12 +182,9 @@ struct BoxCase {
 TensorMap map_of(BoxCase const& c, void* base) {
   std::vector<int64_t> bytes;
   for (auto stride : c.strides) bytes.push_back(stride * c.element_bytes);
-  auto const list = [](auto const& v) { return v; };
-  auto const s = list(c.sizes);
-  auto const b = list(c.box);
-  int const* x = b.data();
-  int64_t const *n = s.data(), *t = bytes.data();
-  switch (s.size()) {
+  int const* x = c.box.data();
+  int64_t const *n = c.sizes.data(), *t = bytes.data();
+  switch (c.sizes.size()) {
     case 2: return make_tensor_map(base, c.element_bytes, {n[0], n[1]}, {t[0]}, {x[0], x[1]}, c.swizzle);
     case 3:
       return make_tensor_map(base, c.element_bytes, {n[0], n[1], n[2]}, {t[0], t[1]}, {x[0], x[1], x[2]},
@@ -882,67 +864,61 @@ void broken() {
 
 int main(int, char** arguments) {
   using namespace vdit;
-  std::map<std::string, std::function<void()>> const cases = {
-      {"named", test_named},
-      {"arrive", test_arrive},
-      {"elect", test_elect},
-      {"stmatrix", test_stmatrix},
-      {"registers", test_registers},
-      {"tma_load", test_tma_load},
-      {"tma_store", test_tma_store},
-      {"bulk_load", test_bulk_load},
-      {"map_errors", test_map_errors},
-      {"products_k", test_products_k},
-      {"products_mn", test_products_mn},
-      {"products_s8", test_products_s8},
-      {"groups", test_groups},
-      {"pipe", run_pipe<Slip::kNone>},
-      {"stale_phase", run_pipe<Slip::kStalePhase>},
-      {"early_release", run_pipe<Slip::kEarlyRelease>},
-      {"few_bytes", run_pipe<Slip::kFewBytes>},
-      {"many_bytes", run_pipe<Slip::kManyBytes>},
-      {"no_expect", run_pipe<Slip::kNoExpect>},
-      {"many_arrivals", run_pipe<Slip::kManyArrivals>},
-      {"no_release", run_pipe<Slip::kNoRelease>},
-      {"no_producer", run_pipe<Slip::kNoProducer>},
-      {"read_early", broken_groups<kReadEarly>},
-      {"write_early", broken_groups<kWriteEarly>},
-      {"no_fence", broken_groups<kNoFence>},
-      {"no_proxy_fence", broken_groups<kNoProxyFence>},
-      {"overwrite", broken_groups<kOverwrite>},
-      {"different_lanes", broken_groups<kDifferentLanes>},
-      {"half_group", broken_groups<kHalfGroup>},
-      {"no_wait", broken_groups<kNoWait>},
-      {"outside", broken_groups<kOutside>},
-      {"named_deadlock", broken<NamedDeadlockKernel>},
-      {"named_counts", broken<NamedCountsKernel>},
-      {"named_id", broken<NamedIdKernel>},
-      {"named_lanes", broken<NamedLanesKernel>},
-      {"barrier_deadlock", broken<BarrierDeadlockKernel>},
-      {"poll_deadlock", broken<PollDeadlockKernel>},
-      {"uninitialised", broken<UninitialisedKernel>},
-      {"init_twice", broken<InitTwiceKernel>},
-      {"overwritten", broken<OverwrittenKernel>},
-      {"unfenced_init", broken<UnfencedInitKernel>},
-      {"leftover", broken<LeftoverKernel>},
-      {"nobody_waits", broken<NobodyWaitsKernel>},
-      {"over_arrive", broken<OverArriveKernel>},
-      {"two_loads", broken<TwoLoadsKernel>},
-      {"load_slot", broken<LoadSlotKernel>},
-      {"load_rank", broken<LoadRankKernel>},
-      {"load_copy", broken<LoadCopyKernel>},
-      {"unpublished_store", broken<UnpublishedStoreKernel>},
-      {"early_fence", broken<UnpublishedStoreKernel, 1>},
-      {"reused_store", broken<ReusedStoreKernel>},
-      {"unread_store", broken<ReusedStoreKernel, 1>},
-      {"registers_deadlock", broken<RegisterKernel, 1>},
-  };
-  try {
-    cases.at(arguments[1])();
-    printf("ok\n");
-    return 0;
-  } catch (std::exception const& problem) {
-    printf("%s\n", problem.what());
-    return 1;
-  }
+  return run_case(
+      {
+          {"named", test_named},
+          {"arrive", test_arrive},
+          {"elect", test_elect},
+          {"stmatrix", test_stmatrix},
+          {"registers", test_registers},
+          {"tma_load", test_tma_load},
+          {"tma_store", test_tma_store},
+          {"bulk_load", test_bulk_load},
+          {"map_errors", test_map_errors},
+          {"products_k", test_products_k},
+          {"products_mn", test_products_mn},
+          {"products_s8", test_products_s8},
+          {"groups", test_groups},
+          {"pipe", run_pipe<Slip::kNone>},
+          {"stale_phase", run_pipe<Slip::kStalePhase>},
+          {"early_release", run_pipe<Slip::kEarlyRelease>},
+          {"few_bytes", run_pipe<Slip::kFewBytes>},
+          {"many_bytes", run_pipe<Slip::kManyBytes>},
+          {"no_expect", run_pipe<Slip::kNoExpect>},
+          {"many_arrivals", run_pipe<Slip::kManyArrivals>},
+          {"no_release", run_pipe<Slip::kNoRelease>},
+          {"no_producer", run_pipe<Slip::kNoProducer>},
+          {"read_early", broken_groups<kReadEarly>},
+          {"write_early", broken_groups<kWriteEarly>},
+          {"no_fence", broken_groups<kNoFence>},
+          {"no_proxy_fence", broken_groups<kNoProxyFence>},
+          {"overwrite", broken_groups<kOverwrite>},
+          {"different_lanes", broken_groups<kDifferentLanes>},
+          {"half_group", broken_groups<kHalfGroup>},
+          {"no_wait", broken_groups<kNoWait>},
+          {"outside", broken_groups<kOutside>},
+          {"named_deadlock", broken<NamedDeadlockKernel>},
+          {"named_counts", broken<NamedCountsKernel>},
+          {"named_id", broken<NamedIdKernel>},
+          {"named_lanes", broken<NamedLanesKernel>},
+          {"barrier_deadlock", broken<BarrierDeadlockKernel>},
+          {"poll_deadlock", broken<PollDeadlockKernel>},
+          {"uninitialised", broken<UninitialisedKernel>},
+          {"init_twice", broken<InitTwiceKernel>},
+          {"overwritten", broken<OverwrittenKernel>},
+          {"unfenced_init", broken<UnfencedInitKernel>},
+          {"leftover", broken<LeftoverKernel>},
+          {"nobody_waits", broken<NobodyWaitsKernel>},
+          {"over_arrive", broken<OverArriveKernel>},
+          {"two_loads", broken<TwoLoadsKernel>},
+          {"load_slot", broken<LoadSlotKernel>},
+          {"load_rank", broken<LoadRankKernel>},
+          {"load_copy", broken<LoadCopyKernel>},
+          {"unpublished_store", broken<UnpublishedStoreKernel>},
+          {"early_fence", broken<UnpublishedStoreKernel, 1>},
+          {"reused_store", broken<ReusedStoreKernel>},
+          {"unread_store", broken<ReusedStoreKernel, 1>},
+          {"registers_deadlock", broken<RegisterKernel, 1>},
+      },
+      arguments[1]);
 }

@@ -2,25 +2,16 @@
 //
 //   instructions CASE    prints "ok", or what went wrong
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
-#include <functional>
-#include <map>
 #include <string>
 #include <vector>
 
+#include "case.h"
 #include "common/device.h"
 #include "common/launch.h"
 
-#define EXPECT(condition)                                                                             \
-  do {                                                                                                \
-    if (!(condition)) throw std::runtime_error("line " + std::to_string(__LINE__) + ": " #condition); \
-  } while (0)
-
 namespace vdit {
 
-// A functor kernel around each body keeps the cases short: CASE_KERNEL(Name, threads) { body using p and smem
-// }.
 struct Buffers {
   int32_t* ints;
   uint32_t* words;
@@ -28,14 +19,6 @@ struct Buffers {
   unsigned long long* longs;
   char* bytes;
 };
-#define CASE_KERNEL(Name, threads)                                  \
-  struct Name {                                                     \
-    using Params = Buffers;                                         \
-    static constexpr int kThreads = threads;                        \
-    static constexpr int kMinBlocks = 1;                            \
-    VDIT_DEVICE void operator()(Params const& p, char* smem) const; \
-  };                                                                \
-  VDIT_DEVICE void Name::operator()([[maybe_unused]] Params const& p, [[maybe_unused]] char* smem) const
 
 // ---- Right kernels ---------------------------------------------------------------------------------------
 
@@ -397,42 +380,36 @@ void test_after_error() {
 
 int main(int, char** arguments) {
   using namespace vdit;
-  std::map<std::string, std::function<void()>> const cases = {
-      {"index", test_index},
-      {"shuffles", test_shuffles},
-      {"barriers", test_barriers},
-      {"atomics", test_atomics},
-      {"ldmatrix", test_ldmatrix},
-      {"cp_async", test_cp_async},
-      {"arithmetic", test_arithmetic},
-      {"f16_values", test_conversion<cute::half_t>},
-      {"bf16_values", test_conversion<cute::bfloat16_t>},
-      {"block_order", test_block_order},
-      {"neighbours", test_neighbours<false>},
-      {"neighbours_race", test_neighbours<true>},
-      {"after_error", test_after_error},
-      {"divergent_barrier", broken<DivergentBarrierKernel>()},
-      {"two_barriers", broken<TwoBarriersKernel>()},
-      {"mixed_collectives", broken<MixedCollectivesKernel>()},
-      {"two_lines", broken<TwoLinesKernel>()},
-      {"early_exit", broken<EarlyExitKernel>()},
-      {"crossed_wait", broken<CrossedWaitKernel>()},
-      {"ldmatrix_outside", broken<LdmatrixOutsideKernel>()},
-      {"ldmatrix_misaligned", broken<LdmatrixMisalignedKernel>()},
-      {"cp_async_global", broken<CpAsyncGlobalKernel>()},
-      {"cp_async_misaligned", broken<CpAsyncMisalignedKernel>()},
-      {"overrun", broken<OverrunKernel>({1, 1, 1}, 128)},
-      {"trap", broken<TrapKernel>({1, 2, 1})},
-      {"throw", broken<ThrowKernel>()},
-      {"too_much_shared", broken<TrapKernel>({1, 1, 1}, 300000)},
-      {"too_wide_grid", broken<TrapKernel>({1, 65536, 1})},
-  };
-  try {
-    cases.at(arguments[1])();
-    printf("ok\n");
-    return 0;
-  } catch (std::exception const& problem) {
-    printf("%s\n", problem.what());
-    return 1;
-  }
+  return run_case(
+      {
+          {"index", test_index},
+          {"shuffles", test_shuffles},
+          {"barriers", test_barriers},
+          {"atomics", test_atomics},
+          {"ldmatrix", test_ldmatrix},
+          {"cp_async", test_cp_async},
+          {"arithmetic", test_arithmetic},
+          {"f16_values", test_conversion<cute::half_t>},
+          {"bf16_values", test_conversion<cute::bfloat16_t>},
+          {"block_order", test_block_order},
+          {"neighbours", test_neighbours<false>},
+          {"neighbours_race", test_neighbours<true>},
+          {"after_error", test_after_error},
+          {"divergent_barrier", broken<DivergentBarrierKernel>()},
+          {"two_barriers", broken<TwoBarriersKernel>()},
+          {"mixed_collectives", broken<MixedCollectivesKernel>()},
+          {"two_lines", broken<TwoLinesKernel>()},
+          {"early_exit", broken<EarlyExitKernel>()},
+          {"crossed_wait", broken<CrossedWaitKernel>()},
+          {"ldmatrix_outside", broken<LdmatrixOutsideKernel>()},
+          {"ldmatrix_misaligned", broken<LdmatrixMisalignedKernel>()},
+          {"cp_async_global", broken<CpAsyncGlobalKernel>()},
+          {"cp_async_misaligned", broken<CpAsyncMisalignedKernel>()},
+          {"overrun", broken<OverrunKernel>({1, 1, 1}, 128)},
+          {"trap", broken<TrapKernel>({1, 2, 1})},
+          {"throw", broken<ThrowKernel>()},
+          {"too_much_shared", broken<TrapKernel>({1, 1, 1}, 300000)},
+          {"too_wide_grid", broken<TrapKernel>({1, 65536, 1})},
+      },
+      arguments[1]);
 }
