@@ -62,20 +62,17 @@ py::dict attention_tile(int32_t head_dim, int64_t seqlen_q, int32_t q_block_size
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Host-side facts of vdit_ext: build info, the CPU instruction set in use, kernel choice.";
-  m.def(
-      "build_info", &build_info,
-      "What this build was made with: version, op_namespace, compiler, build_type, torch_headers, cuda (None "
-      "when built without nvcc), cuda_archs, cutlass.");
+  m.def("build_info", &build_info,
+        "What this build was made with: version, op_namespace, compiler, build_type, torch_headers, cuda "
+        "(None when built without nvcc), cuda_archs, cutlass.");
   m.def("cpu_isa", &vdit::cpu_isa,
         "Instruction set of the CPU kernels: portable, avx2, avx512 or avx512_bf16. Raises RuntimeError when "
         "VDIT_CPU_ISA names one that is unknown or not supported here.");
-  m.def("attention_tile", &attention_tile, py::arg("head_dim"), py::arg("seqlen_q"), py::kw_only(),
-        py::arg("q_block_size") = 128, py::arg("num_q_clusters") = 0,
-        "The tile that block_sparse_attention runs on CUDA for uniform query blocks of q_block_size rows, "
-        "or, where "
-        "num_q_clusters is not 0, for that many of any size: block_m query rows, block_n key rows a step, "
-        "stages, "
-        "threads, smem_bytes, and text, all of it in words. Raises RuntimeError for a head_dim other than "
-        "64, 96 or "
-        "128.");
+  m.def(
+      "attention_tile", &attention_tile, py::arg("head_dim"), py::arg("seqlen_q"), py::kw_only(),
+      py::arg("q_block_size") = 128, py::arg("num_q_clusters") = 0,
+      "The tile that block_sparse_attention runs on CUDA for uniform query blocks of q_block_size rows, or, "
+      "where num_q_clusters is not 0, for that many of any size: block_m query rows, block_n key rows a "
+      "step, stages, threads, smem_bytes, and text, all of it in words. Raises RuntimeError for a head_dim "
+      "other than 64, 96 or 128.");
 }

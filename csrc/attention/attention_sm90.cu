@@ -44,8 +44,7 @@ void run_block_sparse_attention_sm90(BlockSparseAttentionParams const& p, void* 
   if (!can_run_block_sparse_attention_sm90(p)) {
     throw std::runtime_error(
         "vdit::block_sparse_attention: keys and strides above 0 were expected by the sm90 kernel, got none; "
-        "call "
-        "run_block_sparse_attention_sm80.");
+        "call run_block_sparse_attention_sm80.");
   }
   if (p.dtype == DType::kFloat16) return sm90::attend_any<cute::half_t>(p, workspace, stream);
   sm90::attend_any<cute::bfloat16_t>(p, workspace, stream);

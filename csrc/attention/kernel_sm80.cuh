@@ -9,7 +9,7 @@
 // Four warps split the query rows; scores, probabilities and outputs stay in registers (fp32, probabilities
 // rounded to T for the second product).
 #pragma once
-#include "attention/kernel_sm80_util.cuh"
+#include "attention/kernel_list.cuh"
 #include "attention/tile.h"
 #include "vdit/attention.h"
 
@@ -65,47 +65,24 @@ VDIT_DEVICE QueryTile find_query_tile(BlockSparseAttentionParams const& p, int64
 struct RowStream {
   BlockSparseAttentionParams const& p;
   int32_t q_block;
-  int32_t length, next;  // entries of the list, and the first that is not held yet
-  int32_t end = 0;       // this lane's entry covers positions up to here
-  int32_t shift = 0;     // source row - position, for this lane's entry
-  int32_t held = 0;      // positions below this are covered
-  bool bad = false;      // this lane has met an index that names no block, or a length that no list has
+  int32_t length, next = 0;  // entries of the list, and the first that is not held yet
+  int32_t end = 0;           // this lane's entry covers positions up to here
+  int32_t shift = 0;         // source row - position, for this lane's entry
+  int32_t held = 0;          // positions below this are covered
+  bool bad = false;          // this lane has met an index that names no block, or a length that no list has
 
-  VDIT_DEVICE RowStream(BlockSparseAttentionParams const& params, int64_t block) : p(params), next(0) {
-    q_block = static_cast<int32_t>(block);
-    length = 0;
-    if (block >= p.num_q_blocks) return;  // rows that no block covers
-    length = p.kv_num_blocks[block_idx_z() * p.stride_num_blocks.b + block_idx_y() * p.stride_num_blocks.h +
-                             block * p.stride_num_blocks.s];
-    bad = length < 0 || length > p.list_width;
-    length = clamp_to<int32_t>(length, 0, p.list_width);
+  VDIT_DEVICE RowStream(BlockSparseAttentionParams const& params, int64_t block)
+      : p(params), q_block(static_cast<int32_t>(block)) {
+    length = list_length(p, block_idx_z(), block_idx_y(), block, bad);
   }
 
   // Holds the 32 entries from `next` on, one a lane.
   VDIT_DEVICE void hold_entries() {
-    int64_t const b = block_idx_z(), h = block_idx_y();
-    int32_t const* list =
-        p.kv_indices + b * p.stride_indices.b + h * p.stride_indices.h + q_block * p.stride_indices.s;
     int32_t const at = next + lane_idx();
-    int32_t begin = 0, rows = 0;
-    if (at < length) {
-      int64_t const block = list[at];
-      if (block < 0 || block >= p.num_kv_blocks) {
-        bad = true;
-      } else {
-        int64_t first = block * p.kv_block_size, last = first + p.kv_block_size;
-        if (p.kv_offsets != nullptr) {
-          int32_t const* offsets = p.kv_offsets + b * p.stride_kv_offsets.b + h * p.stride_kv_offsets.h;
-          first = offsets[block], last = offsets[block + 1];
-        }
-        first = clamp_to<int64_t>(first, 0, p.seqlen_kv);
-        last = clamp_to<int64_t>(last, first, p.seqlen_kv);
-        begin = static_cast<int32_t>(first), rows = static_cast<int32_t>(last - first);
-      }
-    }
-    int32_t const upto = warp_prefix_sum(rows);
-    end = held + upto;
-    shift = begin - (end - rows);
+    RowSpan span;
+    if (at < length) span = listed_rows(p, block_idx_z(), block_idx_y(), q_block, at, bad);
+    end = held + warp_prefix_sum(span.rows);
+    shift = span.begin - (end - span.rows);
     held = shfl(end, 31);
     next += 32;
   }
@@ -151,16 +128,8 @@ struct BlockSparseAttentionKernel {
   static constexpr int kPasses = kWarpRowsN * kLanesRow / 32;
   static_assert(kPasses * 32 == kWarpRowsN * kLanesRow && kChunks % kLanesRow == 0, "Whole warps fetch.");
 
-  // 64 columns (or 32, where head_dim is no multiple of 64) of 8 rows, swizzled so that ldmatrix meets no
-  // bank twice.
-  static constexpr int kAtomCols = kHeadDim % 64 == 0 ? 64 : 32;
-  using SmemAtom = decltype(cute::composition(cute::Swizzle<kAtomCols == 64 ? 3 : 2, 3, 3>{},
-                                              cute::Layout<cute::Shape<cute::_8, cute::Int<kAtomCols>>,
-                                                           cute::Stride<cute::Int<kAtomCols>, cute::_1>>{}));
-  using SmemQ =
-      decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<cute::Int<kBlockM>, cute::Int<kHeadDim>>{}));
-  using SmemK =
-      decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDim>>{}));
+  using SmemQ = typename SwizzledRows<kHeadDim>::template Tile<kBlockM>;
+  using SmemK = typename SwizzledRows<kHeadDim>::template Tile<kBlockN>;
   // The same bytes seen as [head_dim, keys]: the second product's B operand.
   using TransposedShape = cute::Shape<cute::Int<kHeadDim>, cute::Int<kBlockN>>;
   using SmemVt = decltype(cute::composition(

@@ -1,8 +1,8 @@
-// Launches the tile that pick_tile chose. Included by one file a type and head size, so that compilers share the
-// work.
+// Launches the tile that pick_tile chose. Included by one file a type and head size, so that compilers share
+// the work.
 #pragma once
 #include "attention/kernel_sm80.cuh"
-#include "attention/kernel_sm80_launch.cuh"
+#include "attention/launch_util.cuh"
 
 namespace vdit::sm80 {
 

@@ -1,7 +1,7 @@
 // kmeans_assign: labels[i] = argmax_c x_i . c - |c|^2 / 2, a GEMM whose tiles end in a running argmax, so
 // that no n x c matrix exists.
 #pragma once
-#include "attention/kernel_sm80_util.cuh"
+#include "attention/kernel_util.cuh"
 #include "vdit/attention.h"
 
 namespace vdit {
@@ -27,16 +27,8 @@ struct KMeansAssignKernel {
   static constexpr int kStages = 2;
   static constexpr int kChunks = kHeadDim / 8;  // of 16 bytes, a row
 
-  // 64 columns (or 32, where head_dim is no multiple of 64) of 8 rows, swizzled so that ldmatrix meets no
-  // bank twice.
-  static constexpr int kAtomCols = kHeadDim % 64 == 0 ? 64 : 32;
-  using SmemAtom = decltype(cute::composition(cute::Swizzle<kAtomCols == 64 ? 3 : 2, 3, 3>{},
-                                              cute::Layout<cute::Shape<cute::_8, cute::Int<kAtomCols>>,
-                                                           cute::Stride<cute::Int<kAtomCols>, cute::_1>>{}));
-  using SmemX =
-      decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<cute::Int<kBlockM>, cute::Int<kHeadDim>>{}));
-  using SmemC =
-      decltype(cute::tile_to_shape(SmemAtom{}, cute::Shape<cute::Int<kBlockN>, cute::Int<kHeadDim>>{}));
+  using SmemX = typename SwizzledRows<kHeadDim>::template Tile<kBlockM>;
+  using SmemC = typename SwizzledRows<kHeadDim>::template Tile<kBlockN>;
   using TiledMma = decltype(cute::make_tiled_mma(MmaAtom_m16n8k16<T>{},
                                                  cute::Layout<cute::Shape<cute::_4, cute::_1, cute::_1>>{},
                                                  cute::Tile<cute::_64, cute::_16, cute::_16>{}));

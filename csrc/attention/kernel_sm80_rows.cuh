@@ -1,7 +1,7 @@
 // Kernels that move or average whole rows: merge_attention, permute_rows, mean_pool_blocks, segment_mean.
 // All are bound by memory: 16 bytes a thread and several rows in flight is what matters.
 #pragma once
-#include "attention/kernel_sm80_util.cuh"
+#include "attention/kernel_util.cuh"
 #include "vdit/attention.h"
 
 namespace vdit {
@@ -157,20 +157,17 @@ struct MeanPoolBlocksKernel {
 
   VDIT_DEVICE void operator()(Params const& p, char* smem) const {
     int64_t const b = block_idx_z(), h = block_idx_y(), n = block_idx_x();
-    int64_t begin = n * p.block_size, end = begin + p.block_size;
-    if (p.offsets != nullptr) {
-      int32_t const* offsets = p.offsets + b * p.stride_offsets.b + h * p.stride_offsets.h;
-      begin = offsets[n], end = offsets[n + 1];
-    }
-    begin = clamp_to<int64_t>(begin, 0, p.seqlen), end = clamp_to<int64_t>(end, 0, p.seqlen);
+    int32_t const* offsets = p.offsets;
+    if (offsets != nullptr) offsets += b * p.stride_offsets.b + h * p.stride_offsets.h;
+    RowSpan const span = block_span(offsets, n, p.block_size, p.seqlen);
     float* out = p.out + ((b * p.heads + h) * p.num_blocks + n) * p.head_dim;
-    if (begin >= end) {
+    if (span.rows == 0) {
       for (int col = thread_idx(); col < p.head_dim; col += kThreads) out[col] = 0.f;
       return;
     }
-    T const* x = static_cast<T const*>(p.x) + b * p.stride_x.b + h * p.stride_x.h + begin * p.stride_x.s;
+    T const* x = static_cast<T const*>(p.x) + b * p.stride_x.b + h * p.stride_x.h + span.begin * p.stride_x.s;
     Mean::run(
-        end - begin, p.head_dim, smem, [&](int64_t i) { return x + i * p.stride_x.s; },
+        span.rows, p.head_dim, smem, [&](int64_t i) { return x + i * p.stride_x.s; },
         [&](int col, float const(&mean)[kVec]) {
           for (int i = 0; i < kVec; ++i) out[col + i] = mean[i];
         });

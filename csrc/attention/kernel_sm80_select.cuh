@@ -5,7 +5,7 @@
 // bit by bit. A whole map (top-k per head) is searched by radix histograms over many blocks, 11 bits a pass.
 // The same warp code then writes each row's list in rising order.
 #pragma once
-#include "attention/kernel_sm80_util.cuh"
+#include "attention/kernel_util.cuh"
 #include "vdit/attention.h"
 
 namespace vdit {

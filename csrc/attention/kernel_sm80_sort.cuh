@@ -2,7 +2,7 @@
 // (LabelCountKernel), the counts are turned into the place where each chunk's first row of each label goes
 // (LabelScanKernel), and each chunk, walked in order by one warp, sends its rows there (LabelScatterKernel).
 #pragma once
-#include "attention/kernel_sm80_util.cuh"
+#include "attention/kernel_util.cuh"
 #include "vdit/attention.h"
 
 namespace vdit {

@@ -34,37 +34,17 @@ struct KeyStream {
 
   VDIT_DEVICE KeyStream(BlockSparseAttentionParams const& params, int64_t batch, int64_t head, int32_t block)
       : p(params), b(batch), h(head), q_block(block) {
-    if (block >= p.num_q_blocks) return;  // rows that no block covers
-    length = p.kv_num_blocks[b * p.stride_num_blocks.b + h * p.stride_num_blocks.h +
-                             block * p.stride_num_blocks.s];
-    bad = length < 0 || length > p.list_width;
-    length = clamp_to<int32_t>(length, 0, p.list_width);
+    length = list_length(p, b, h, block, bad);
   }
 
   // Holds the 32 entries from `next` on.
   VDIT_DEVICE void hold_entries() {
-    int32_t const* list =
-        p.kv_indices + b * p.stride_indices.b + h * p.stride_indices.h + q_block * p.stride_indices.s;
     int32_t const at = next + lane_idx();
-    int64_t first = 0, last = 0;
-    if (at < length) {
-      int64_t const block = list[at];
-      if (block < 0 || block >= p.num_kv_blocks) {
-        bad = true;
-      } else if (p.kv_offsets != nullptr) {
-        int32_t const* offsets = p.kv_offsets + b * p.stride_kv_offsets.b + h * p.stride_kv_offsets.h;
-        first = offsets[block], last = offsets[block + 1];
-      } else {
-        first = block * p.kv_block_size, last = first + p.kv_block_size;
-      }
-    }
-    first = clamp_to<int64_t>(first, 0, p.seqlen_kv);
-    last = clamp_to<int64_t>(last, first, p.seqlen_kv);
-    int32_t const rows = static_cast<int32_t>(last - first);
-    int32_t const upto = warp_prefix_sum(rows);
-    end = held + upto;
-    begin = end - rows;
-    shift = static_cast<int32_t>(first) - begin;
+    RowSpan span;
+    if (at < length) span = listed_rows(p, b, h, q_block, at, bad);
+    end = held + warp_prefix_sum(span.rows);
+    begin = end - span.rows;
+    shift = span.begin - begin;
     held = shfl(end, 31);
     next += 32;
   }
@@ -146,8 +126,7 @@ struct BlockSparseAttentionKernel {
     }
   };
 
-  // ---- Producers
-  // -----------------------------------------------------------------------------------------------
+  // ---- Producers -----------------------------------------------------------------------------------------
 
   // `rows` rows from `source` on into the slots from `slot` on.
   VDIT_DEVICE static void load_rows(TensorMap const* boxes, char* stage, Barrier* full, Item const& item,
@@ -246,10 +225,9 @@ struct BlockSparseAttentionKernel {
     }
   }
 
-  // ---- Consumers
-  // ----------------------------------------------------------------------------------------------- A
-  // thread's scores: rows lane / 4 and 8 below (half), columns 8 n + 2 (lane % 4) and the next (pair), at [n
-  // * 4 + half * 2 + pair]; outputs likewise.
+  // ---- Consumers -----------------------------------------------------------------------------------------
+  // A thread's scores: rows lane / 4 and 8 below (half), columns 8 n + 2 (lane % 4) and the next (pair), at
+  // [n * 4 + half * 2 + pair]; outputs likewise.
 
   static constexpr int kScores = kBlockN / 2;
   static constexpr int kOutputs = kHeadDim / 2;
@@ -377,6 +355,59 @@ struct BlockSparseAttentionKernel {
     if (lane_idx() == 0) barrier_arrive(empty);
   }
 
+  // Scores of the next stage of keys, in flight when this returns; they are free to be written over. Returns
+  // what is told with the stage. `issue` starts further products within the same turn.
+  template <class Issue>
+  VDIT_DEVICE static Step start_scores(Shared& s, char const* queries, Place const& at, int group, int groups,
+                                       float (&scores)[kScores], Issue const& issue) {
+    barrier_wait(&s.k_full[at.stage], at.parity);
+    Step const step = s.steps[at.stage];
+    take_turn(group, groups);
+    wgmma_fence();
+    multiply_keys(queries, s.keys[at.stage], scores);
+    wgmma_commit();
+    issue();
+    pass_turn(group, groups);
+    return step;
+  }
+
+  // Waits for the scores, behind which kLater products may still be under way, and gives their keys back.
+  template <int kLater>
+  VDIT_DEVICE static void finish_scores(Shared& s, Place& at, float (&scores)[kScores]) {
+    wgmma_wait<kLater>();
+    wgmma_fence_operand(scores);
+    release(&s.k_empty[at.stage]);
+    at.advance();
+  }
+
+  // Scores become probabilities. Returns whether the maxima were raised, and with them `factor` is wanted.
+  VDIT_DEVICE static bool weigh_scores(float (&scores)[kScores], int keys, RowStats& stats, float scale,
+                                       float exponent_scale, float (&factor)[2]) {
+    turn_scores(scores, scale);
+    mask_scores(scores, keys);
+    bool const raised = raise_max(scores, stats, exponent_scale, factor);
+    exponentiate(scores, stats, exponent_scale);
+    return raised;
+  }
+
+  // The next stage of values, weighed and added to the outputs; in flight when this returns.
+  VDIT_DEVICE static void start_outputs(Shared& s, Place const& at, uint32_t (&probabilities)[kScores / 2],
+                                        float (&o)[kOutputs]) {
+    barrier_wait(&s.v_full[at.stage], at.parity);
+    wgmma_fence_operand(o);
+    wgmma_fence_operand(probabilities);
+    wgmma_fence();
+    multiply_values(probabilities, s.values[at.stage], o);
+    wgmma_commit();
+  }
+
+  VDIT_DEVICE static void finish_outputs(Shared& s, Place& at, float (&o)[kOutputs]) {
+    wgmma_wait<0>();
+    wgmma_fence_operand(o);
+    release(&s.v_empty[at.stage]);
+    at.advance();
+  }
+
   // One item's 64 rows of this warpgroup.
   VDIT_DEVICE static void attend(Params const& a, Shared& s, Item const& item, int group, Place& k_at,
                                  Place& v_at) {
@@ -393,68 +424,25 @@ struct BlockSparseAttentionKernel {
     RowStats stats;
     float factor[2];
 
-    barrier_wait(&s.k_full[k_at.stage], k_at.parity);
-    Step step = s.steps[k_at.stage];
-    take_turn(group, groups);
-    wgmma_fence();
-    multiply_keys(queries, s.keys[k_at.stage], scores);
-    wgmma_commit();
-    pass_turn(group, groups);
-    wgmma_wait<0>();
-    wgmma_fence_operand(scores);
-    release(&s.k_empty[k_at.stage]);
-    k_at.advance();
-    turn_scores(scores, p.scale);
-    mask_scores(scores, step.rows);
-    raise_max(scores, stats, exponent_scale, factor);
-    exponentiate(scores, stats, exponent_scale);
+    Step step = start_scores(s, queries, k_at, group, groups, scores, [] {});
+    finish_scores<0>(s, k_at, scores);
+    weigh_scores(scores, step.rows, stats, p.scale, exponent_scale, factor);
     pack(scores, probabilities);
 
-    while (!step.last) {
-      // This step's scores and the last one's outputs.
-      barrier_wait(&s.k_full[k_at.stage], k_at.parity);
-      step = s.steps[k_at.stage];
-      take_turn(group, groups);
+    while (!step.last) {  // this step's scores and the last one's outputs
       wgmma_fence_operand(scores);
-      wgmma_fence();
-      multiply_keys(queries, s.keys[k_at.stage], scores);
-      wgmma_commit();
-      barrier_wait(&s.v_full[v_at.stage], v_at.parity);
-      wgmma_fence_operand(o);
-      wgmma_fence_operand(probabilities);
-      wgmma_fence();
-      multiply_values(probabilities, s.values[v_at.stage], o);
-      wgmma_commit();
-      pass_turn(group, groups);
-      wgmma_wait<1>();
-      wgmma_fence_operand(scores);
-      release(&s.k_empty[k_at.stage]);
-      k_at.advance();
-
-      turn_scores(scores, p.scale);
-      mask_scores(scores, step.rows);
-      bool const raised = raise_max(scores, stats, exponent_scale, factor);
-      exponentiate(scores, stats, exponent_scale);
-
-      wgmma_wait<0>();
-      wgmma_fence_operand(o);
-      release(&s.v_empty[v_at.stage]);
-      v_at.advance();
+      step = start_scores(s, queries, k_at, group, groups, scores,
+                          [&] { start_outputs(s, v_at, probabilities, o); });
+      finish_scores<1>(s, k_at, scores);
+      bool const raised = weigh_scores(scores, step.rows, stats, p.scale, exponent_scale, factor);
+      finish_outputs(s, v_at, o);
       if (raised) scale_outputs(o, factor);
       pack(scores, probabilities);
     }
 
     release(&s.q_empty);
-    barrier_wait(&s.v_full[v_at.stage], v_at.parity);
-    wgmma_fence_operand(o);
-    wgmma_fence_operand(probabilities);
-    wgmma_fence();
-    multiply_values(probabilities, s.values[v_at.stage], o);
-    wgmma_commit();
-    wgmma_wait<0>();
-    wgmma_fence_operand(o);
-    release(&s.v_empty[v_at.stage]);
-    v_at.advance();
+    start_outputs(s, v_at, probabilities, o);
+    finish_outputs(s, v_at, o);
 
     int const rows = item.rows - group * 64;
     int64_t const row0 = item.row0 + group * 64;

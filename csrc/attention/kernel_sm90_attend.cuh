@@ -1,8 +1,8 @@
-// Launches the sm90 kernel of one head size. Included by one file a type and head size, so that compilers share the
-// work.
+// Launches the sm90 kernel of one head size. Included by one file a type and head size, so that compilers
+// share the work.
 #pragma once
-#include "attention/kernel_sm80_launch.cuh"
 #include "attention/kernel_sm90.cuh"
+#include "attention/launch_util.cuh"
 #include "attention/tile.h"
 
 namespace vdit::sm90 {

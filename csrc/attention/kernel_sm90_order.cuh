@@ -4,8 +4,7 @@
 // L2; within a head the longest key lists first, so that no long item is left for the end. A list's length is
 // its number of blocks: near enough to sort by, and known without reading the list.
 #pragma once
-#include "attention/kernel_sm80_util.cuh"
-#include "vdit/attention.h"
+#include "attention/kernel_list.cuh"
 
 namespace vdit::sm90 {
 
@@ -36,22 +35,19 @@ struct OrderItemsKernel {
   };
 
   VDIT_DEVICE static Block read_block(BlockSparseAttentionParams const& p, int64_t b, int64_t h, int64_t i) {
-    bool const beyond = i == p.num_q_blocks;
-    int64_t begin = i * p.q_block_size, end = beyond ? begin : begin + p.q_block_size;
-    if (p.q_offsets != nullptr) {
-      int32_t const* offsets = p.q_offsets + b * p.stride_q_offsets.b + h * p.stride_q_offsets.h;
-      begin = offsets[i], end = beyond ? p.seqlen_q : offsets[i + 1];
+    int32_t const* offsets = p.q_offsets;
+    if (offsets != nullptr) offsets += b * p.stride_q_offsets.b + h * p.stride_q_offsets.h;
+    RowSpan span;
+    if (i < p.num_q_blocks) {
+      span = block_span(offsets, i, p.q_block_size, p.seqlen_q);
+    } else if (offsets != nullptr) {  // rows past the last offset
+      span.begin = clamp_to<int32_t>(offsets[i], 0, static_cast<int32_t>(p.seqlen_q));
+      span.rows = static_cast<int32_t>(p.seqlen_q) - span.begin;
     }
-    begin = clamp_to<int64_t>(begin, 0, p.seqlen_q);
-    end = clamp_to<int64_t>(end, begin, p.seqlen_q);
-    int64_t length = 0;
-    if (!beyond) {
-      length =
-          p.kv_num_blocks[b * p.stride_num_blocks.b + h * p.stride_num_blocks.h + i * p.stride_num_blocks.s];
-      length = clamp_to<int64_t>(length, 0, p.list_width);
-    }
+    bool bad = false;  // the producer asks again, and tells
+    int64_t const length = list_length(p, b, h, i, bad);
     int64_t const bucket = (p.list_width - length) * kBuckets / (static_cast<int64_t>(p.list_width) + 1);
-    return {static_cast<int32_t>(begin), static_cast<int32_t>(end - begin), static_cast<int32_t>(bucket)};
+    return {span.begin, span.rows, static_cast<int32_t>(bucket)};
   }
 
   VDIT_DEVICE void operator()(Params const& a, char* smem) const {

@@ -1,14 +1,10 @@
 // Launchers of kernel_sm80_kmeans.cuh and kernel_sm80_sort.cuh.
 #include "attention/kernel_sm80_kmeans.cuh"
-#include "attention/kernel_sm80_launch.cuh"
 #include "attention/kernel_sm80_sort.cuh"
+#include "attention/launch_util.cuh"
 
 namespace vdit {
 namespace {
-
-using sm80::all_multiples;
-using sm80::ceil_div;
-using sm80::with_type;
 
 template <class Kernel>
 void assign(KMeansAssignParams const& p, int64_t rows_per_block, void* stream) {

@@ -1,13 +1,9 @@
 // Launchers of kernel_sm80_rows.cuh: which element type, and 16-byte vectors wherever addresses allow.
-#include "attention/kernel_sm80_launch.cuh"
 #include "attention/kernel_sm80_rows.cuh"
+#include "attention/launch_util.cuh"
 
 namespace vdit {
 namespace {
-
-using sm80::all_multiples;
-using sm80::ceil_div;
-using sm80::with_type;
 
 template <class Word>
 void permute_words(PermuteRowsParams const& p, void* stream) {

@@ -1,11 +1,9 @@
 // Launchers of kernel_sm80_select.cuh.
-#include "attention/kernel_sm80_launch.cuh"
 #include "attention/kernel_sm80_select.cuh"
+#include "attention/launch_util.cuh"
 
 namespace vdit {
 namespace {
-
-using sm80::ceil_div;
 
 int64_t round_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 

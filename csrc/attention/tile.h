@@ -35,14 +35,18 @@ constexpr AttentionTile attention_tile(int head_dim, int block_m) {
   return AttentionTile{head_dim, block_m, head_dim == 64 ? 64 : 32, 2, 4, block_m == 128 ? 2 : 3};
 }
 
+// Throws std::runtime_error with one sentence.
+inline void check_cuda_head_dim(int head_dim) {
+  if (head_dim == 64 || head_dim == 96 || head_dim == 128) return;
+  throw std::runtime_error("vdit::block_sparse_attention: head_dim must be 64, 96 or 128, got " +
+                           std::to_string(head_dim) + ".");
+}
+
 // 128-row tiles read each key half as often from shared memory and L2; 64-row tiles pad short query blocks
 // less. A padded row costs as much as a real one, and a row of a 64-row tile some 1.25 times as much.
 // NOTE: 1.25 is an estimate from the traffic, not measured.
 inline AttentionTile pick_tile(BlockSparseAttentionParams const& p) {
-  if (p.head_dim != 64 && p.head_dim != 96 && p.head_dim != 128) {
-    throw std::runtime_error("vdit::block_sparse_attention: head_dim must be 64, 96 or 128, got " +
-                             std::to_string(p.head_dim) + ".");
-  }
+  check_cuda_head_dim(p.head_dim);
   double rows_64, rows_128;  // executed a query block
   if (p.q_offsets != nullptr) {
     double const mean =
@@ -64,8 +68,8 @@ struct AttentionTileSm90 {
   constexpr int block_m() const { return 64 * consumers; }
 };
 
-// NOTE: a query tile of m rows does m products a byte of keys that comes from L2, whose bandwidth m = 64 exhausts.
-// Three consumers leave 160 registers a thread, enough for outputs of head size 64 but not of 128.
+// NOTE: a query tile of m rows does m products a byte of keys that comes from L2, whose bandwidth m = 64
+// exhausts. Three consumers leave 160 registers a thread, enough for outputs of head size 64 but not of 128.
 constexpr AttentionTileSm90 attention_tile_sm90(int head_dim) {
   return AttentionTileSm90{head_dim == 64 ? 3 : 2, 128};
 }

@@ -175,8 +175,7 @@ void finish_writing(StoreGroup const& group) {
 
 }  // namespace
 
-// ---- Shared memory, seen twice
-// ------------------------------------------------------------------------------
+// ---- Shared memory, seen twice ----------------------------------------------------------------------------
 
 char const* async_view() { return state().view.data(); }
 

@@ -1,5 +1,5 @@
-// What the attention family's kernels share: vectors of 16 bytes seen as floats, and how a block is cut into
-// rows and column chunks.
+// What the attention family's kernels share: vectors of 16 bytes seen as floats, how a thread block is cut
+// into rows and column chunks, a sequence into blocks, and rows in shared memory.
 #pragma once
 #include <cstdint>
 
@@ -78,5 +78,31 @@ template <class T>
 VDIT_DEVICE T clamp_to(T v, T low, T high) {
   return v < low ? low : (v > high ? high : v);
 }
+
+struct RowSpan {
+  int32_t begin = 0, rows = 0;
+};
+
+// Rows of block `i`: of block_size each, or between `offsets` where those are given. What lies outside of the
+// sequence is left out; offsets that fall make an empty block.
+VDIT_DEVICE RowSpan block_span(int32_t const* offsets, int64_t i, int64_t block_size, int64_t length) {
+  int64_t begin = i * block_size, end = begin + block_size;
+  if (offsets != nullptr) begin = offsets[i], end = offsets[i + 1];
+  begin = clamp_to<int64_t>(begin, 0, length);
+  end = clamp_to<int64_t>(end, begin, length);
+  return {static_cast<int32_t>(begin), static_cast<int32_t>(end - begin)};
+}
+
+// 64 columns (or 32, where head_dim is no multiple of 64) of 8 rows of 2-byte elements in shared memory,
+// swizzled so that ldmatrix meets no bank twice.
+template <int kHeadDim>
+struct SwizzledRows {
+  static constexpr int kCols = kHeadDim % 64 == 0 ? 64 : 32;
+  using Atom = decltype(cute::composition(
+      cute::Swizzle<kCols == 64 ? 3 : 2, 3, 3>{},
+      cute::Layout<cute::Shape<cute::_8, cute::Int<kCols>>, cute::Stride<cute::Int<kCols>, cute::_1>>{}));
+  template <int kRows>
+  using Tile = decltype(cute::tile_to_shape(Atom{}, cute::Shape<cute::Int<kRows>, cute::Int<kHeadDim>>{}));
+};
 
 }  // namespace vdit

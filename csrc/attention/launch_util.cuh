@@ -9,7 +9,7 @@
 #include "cute/numeric/numeric_types.hpp"
 #include "vdit/types.h"
 
-namespace vdit::sm80 {
+namespace vdit {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -39,4 +39,4 @@ void with_type(char const* op, DType dtype, F&& f) {
                            std::to_string(static_cast<int>(dtype)) + ".");
 }
 
-}  // namespace vdit::sm80
+}  // namespace vdit
