@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from importlib import metadata
 
 
@@ -39,6 +40,10 @@ def gpu_names() -> list[str]:
 
 def version_of(package: str) -> str | None:
     """Installed version of a distribution, None where there is none."""
+    # A loaded module knows better: torch's version names the CUDA that it was built for, its distribution's
+    # need not.
+    if own := getattr(sys.modules.get(package.replace("-", "_")), "__version__", None):
+        return str(own)
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

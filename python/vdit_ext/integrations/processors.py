@@ -53,6 +53,8 @@ def device_gap(device: torch.device) -> str | None:
         return None
     if (state := ops.LIBRARIES["cuda"]) != "loaded":
         return f"the CUDA library must be loaded for {device}, it was {state}"
+    if not torch.cuda.is_available():  # such as for a module that only says it is on a GPU
+        return f"a GPU and a driver for it must be there for {device}, torch sees none"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"compute capability must be 8.0 or higher, {device} has {major}.{minor}"
