@@ -71,7 +71,7 @@ struct AttentionTileSm90 {
 // NOTE: a query tile of m rows does m products a byte of keys that comes from L2, whose bandwidth m = 64
 // exhausts. Three consumers leave 160 registers a thread, enough for outputs of head size 64 but not of 128.
 constexpr AttentionTileSm90 attention_tile_sm90(int head_dim) {
-  return AttentionTileSm90{head_dim == 64 ? 3 : 2, 128};
+  return AttentionTileSm90{head_dim == 64 ? 3 : 2, head_dim == 64 ? 112 : 128};
 }
 
 // Tiles of block_m query rows that a head has, at most: a tile holds rows of one query block.
