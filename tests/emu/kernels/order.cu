@@ -1,6 +1,6 @@
-// The items into which block_sparse_attention for sm90 cuts its work, printed one a line: "row0 rows q_block" of
-// each part. Arguments: offsets or "uniform:<block>:<length>", list lengths (a last "d" names a block twice), and
-// rows of a tile (128 or 192).
+// The items into which block_sparse_attention for sm90 cuts its work, printed one a line: "row0 rows q_block"
+// of each part. Arguments: offsets or "uniform:<block>:<length>", list lengths (a last "d" names a block
+// twice), and rows of a tile (128 or 192).
 #include <cstdio>
 #include <cstdlib>
 #include <sstream>
