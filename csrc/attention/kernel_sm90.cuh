@@ -16,6 +16,7 @@
 // probabilities and outputs stay in registers: fp32, probabilities rounded to T for the second product.
 #pragma once
 #include "attention/kernel_sm90_order.cuh"
+#include "attention/tile.h"
 #include "common/device_sm90.h"
 #include "common/tma.h"
 #include "vdit/attention.h"
@@ -163,15 +164,16 @@ class KeyWindows {
   Stream now_, waiting_;
 };
 
-template <class T, int kHeadDim, int kConsumers, int kBlockN>
+template <class T, int kHeadDim>
 struct BlockSparseAttentionKernel {
-  static constexpr int kBlockM = 64 * kConsumers;
-  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr AttentionTileSm90 kTile = attention_tile_sm90(kHeadDim);
+  static constexpr int kConsumers = kTile.consumers, kBlockM = kTile.block_m(), kBlockN = kTile.block_n;
+  static constexpr int kStages = kTile.stages;
+  static constexpr int kThreads = kTile.threads();
   static constexpr int kMinBlocks = 1;
-  static constexpr int kStages = kHeadDim == 64 ? 5 : 3;
-  static constexpr int kProducerRegisters = 56;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : 152;
-  static_assert(kConsumers == 2 || kConsumers == 3, "Registers are shared out for two or three consumers.");
+  static_assert(128 * (kConsumers * kTile.consumer_registers + kTile.producer_registers) <= 65536 &&
+                    kTile.consumer_registers % 8 == 0 && kTile.producer_registers % 8 == 0,
+                "setmaxnreg shares out what an SM has.");
   static_assert(kBlockN % 16 == 0 && kBlockN <= 256, "A stage is whole slices of the second product.");
 
   // Shared memory holds 64 columns side by side (a slab: rows of 128 bytes, the widest swizzle). The columns
@@ -219,7 +221,8 @@ struct BlockSparseAttentionKernel {
     Item item;
     Step steps[kStages];
   };
-  static constexpr int smem_bytes() { return sizeof(Shared); }
+  static_assert(sizeof(Shared) <= kTile.smem_bytes(), "What tile.h tells is what is taken.");
+  static constexpr int smem_bytes() { return kTile.smem_bytes(); }
 
   // Where in the ring one is: a stage, and how often the ring was gone round, modulo 2.
   struct Place {
@@ -725,11 +728,11 @@ struct BlockSparseAttentionKernel {
     // Told by lane 0: the compiler then knows that a warp is of one mind.
     int const group = shfl(thread_idx() / 128, 0);
     if (group == kConsumers) {
-      set_max_registers_down<kProducerRegisters>();
+      set_max_registers_down<kTile.producer_registers>();
       if (warp_idx() == kConsumers * 4) produce_keys(a, s);
       if (warp_idx() == kConsumers * 4 + 1) produce_values(a, s);
     } else {
-      set_max_registers_up<kConsumerRegisters>();
+      set_max_registers_up<kTile.consumer_registers>();
       consume(a, s, group);
     }
   }

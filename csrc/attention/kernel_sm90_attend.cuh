@@ -32,8 +32,7 @@ inline RunBoxes run_boxes() {
 
 template <class T, int kHeadDim>
 void attend(BlockSparseAttentionParams const& p, void* workspace, void* stream) {
-  constexpr AttentionTileSm90 kTile = attention_tile_sm90(kHeadDim);
-  using Kernel = BlockSparseAttentionKernel<T, kHeadDim, kTile.consumers, kTile.block_n>;
+  using Kernel = BlockSparseAttentionKernel<T, kHeadDim>;
   using Order = OrderItemsKernel<Kernel::kBlockM>;
   static_assert(Kernel::smem_bytes() <= 227 * 1024, "The tile must fit the shared memory of an SM.");
 

@@ -217,7 +217,17 @@ def two_lists(pattern: str, blocks: int) -> torch.Tensor:
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(
     "pattern",
-    ["equal", "disjoint", "nested", "one in many", "first empty", "second empty", "both empty", "halves", "random"],
+    [
+        "equal",
+        "disjoint",
+        "nested",
+        "one in many",
+        "first empty",
+        "second empty",
+        "both empty",
+        "halves",
+        "random",
+    ],
 )
 def test_two_lists_of_one_thread_block(backend, pattern, dim):
     """64-row tiles share a thread block on compute capability 9.0, whatever their lists have in common."""
