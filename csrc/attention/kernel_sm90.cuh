@@ -361,7 +361,7 @@ struct BlockSparseAttentionKernel {
 
   static constexpr int kScores = kBlockN / 2;
   static constexpr int kOutputs = kHeadDim / 2;
-  // Head size 64 has as many cycles of exponentials as of products: the FMA lanes take 3 in 16 of them.
+  // Head size 64 has as many cycles of exponentials as of products: the FMA lanes take one in seven of them.
   static constexpr bool kShareExp2 = kHeadDim == 64;
   static constexpr float kRaise = 8.f;  // as in kernel_sm80.cuh: a maximum is raised only by more than 2^8
 
