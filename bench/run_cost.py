@@ -119,8 +119,8 @@ def main() -> None:
     if args.markdown:
         args.markdown.write_text(
             f"# Bringing ragged clusters into shared memory: counted, not timed\n\n`python bench/run_cost.py`, "
-            f"density {DENSITY}, {LISTS} lists a shape. A gather's instructions are those of single threads, of "
-            f"which a warp issues 32 at a time; a TMA box is issued by one thread.\n\n{text}\n"
+            f"density {DENSITY}, {LISTS} lists a shape. A gather's instructions are those of single threads, "
+            f"of which a warp issues 32 at a time; a TMA box is issued by one thread.\n\n{text}\n"
         )
 
 

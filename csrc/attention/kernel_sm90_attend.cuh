@@ -21,13 +21,10 @@ inline TensorMap map_rows(void const* rows, Strides3 const& stride, BlockSparseA
                          {64, box_rows, 1, 1}, SmemSwizzle::k128);
 }
 
-// How runs of rows are cut: VDIT_ATTENTION_RUNS is "binary" (the default) or "overlap", for benches.
+// How runs of rows are cut: VDIT_ATTENTION_RUNS is "binary" (the default) or "overlap", for benches and tests.
 inline RunBoxes run_boxes() {
-  static RunBoxes const chosen = [] {
-    char const* value = std::getenv("VDIT_ATTENTION_RUNS");
-    return value != nullptr && std::strcmp(value, "overlap") == 0 ? RunBoxes::kOverlap : RunBoxes::kBinary;
-  }();
-  return chosen;
+  char const* value = std::getenv("VDIT_ATTENTION_RUNS");
+  return value != nullptr && std::strcmp(value, "overlap") == 0 ? RunBoxes::kOverlap : RunBoxes::kBinary;
 }
 
 template <class T, int kHeadDim>

@@ -249,6 +249,17 @@ def test_a_block_listed_twice_counts_twice(backend, q_block):
     check(backend, inputs)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_runs_of_rows_may_be_loaded_with_overlaps(backend, dim, monkeypatch):
+    """The other way to cut clusters into TMA boxes gives the very bits; other kernels do not ask for it."""
+    case = cases.C("runs", seqlen_q=150, seqlen_kv=900, head_dim=dim, q_block="random:4", kv_block="random:40")
+    inputs = cases.make_attention(case, torch.bfloat16)
+    once, once_lse = run(backend, inputs)
+    monkeypatch.setenv("VDIT_ATTENTION_RUNS", "overlap")
+    again, again_lse = check(backend, inputs)
+    assert torch.equal(once, again) and torch.equal(once_lse, again_lse)
+
+
 def test_more_key_blocks_than_a_warp_holds_bits(backend):
     case = cases.C("many", seqlen_q=128, seqlen_kv=2300, q_block=64, kv_block=2, density=0.03)
     check(backend, cases.make_attention(case, torch.bfloat16))
