@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import json
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -39,7 +40,13 @@ def worker(args: argparse.Namespace) -> int:
     checks = importlib.import_module(f"check_{args.family}")
     backend = checks.Backend(args.backend)
     wanted = args.op.split(",") if args.op else checks.OPS
-    cases = ((op, *case) for op in wanted for case in checks.named_cases(op, args.large, backend))
+    chosen = re.compile(args.select)
+    cases = (
+        (op, name, run)
+        for op in wanted
+        for name, run in checks.named_cases(op, args.large, backend)
+        if chosen.search(f"{op} {name}")
+    )
     with poisoned():
         pass  # its first use imports much, which is not the first case's time
     for number, (op, name, run) in enumerate(cases):
@@ -81,7 +88,8 @@ def watch(args: argparse.Namespace, family: str, deadline: float) -> Iterator[di
             "--op",
             args.op,
         ]
-        command += ["--backend", args.backend, "--skip", str(skip)] + (["--large"] if args.large else [])
+        command += ["--backend", args.backend, "--select", args.select, "--skip", str(skip)]
+        command += ["--large"] if args.large else []
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_pump, args=(process.stdout, lines), daemon=True).start()
@@ -145,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", choices=("cuda", "emu", "cpu"), default="cuda")
     parser.add_argument("--family", default="", help="one family; default: all")
     parser.add_argument("--op", default="", help="comma-separated ops; default: all")
+    parser.add_argument("--select", default="", help="regular expression on '<op> <case>'")
     parser.add_argument("--large", action="store_true", help="also more than 2^31 elements (tens of GB)")
     parser.add_argument("--seconds", type=float, default=600.0, help="for everything")
     parser.add_argument("--case-seconds", type=float, default=60.0, help="after this a case counts as hung")

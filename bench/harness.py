@@ -17,6 +17,10 @@ from typing import Any
 import torch
 
 
+class NotHere(Exception):
+    """Why a peer cannot run, as a sentence; raised when it is made or when it is called."""
+
+
 @dataclass
 class Peer:
     """What a case is compared with.
@@ -89,7 +93,8 @@ class Settings:
 
 def short(error: BaseException | str) -> str:
     """The first line of an error, without the paths of this machine."""
-    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    plain = isinstance(error, (str, NotHere))
+    text = str(error) if plain else f"{type(error).__name__}: {error}"
     lines = text.strip().splitlines() or [""]
     return re.sub(r"(/[\w.+-]+){2,}", lambda m: m.group(0).rsplit("/", 1)[-1], lines[0])[:300]
 
@@ -252,12 +257,13 @@ def _try_peer(peer: Peer, group: Group) -> str:
     try:
         result = group.calls[peer.call]()
         synchronize(group.device)
+    except Exception as error:
+        return short(error) or type(error).__name__
+    try:
         if peer.check is not None:
             peer.check(result)
-    except AssertionError as error:
-        return f"its result is not the definition's: {short(str(error))}"
     except Exception as error:
-        return short(error)
+        return f"its result is not the definition's: {short(str(error))}"
     return ""
 
 
