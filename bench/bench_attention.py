@@ -35,7 +35,7 @@ LSE_TOLERANCE = 1e-5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ops", default="all", help=f"comma-separated: {', '.join(OPS)}")
+    parser.add_argument("--ops", default="all", help=f"planner, or comma-separated: {', '.join(OPS)}")
     parser.add_argument(
         "--shape", choices=("plain", *cases.REAL), default="plain", help="plain, or a model's real shape"
     )
@@ -65,7 +65,9 @@ def apply_figures(args: argparse.Namespace) -> None:
 
 def groups(args: argparse.Namespace, device: str) -> Iterator[Callable[[], Group]]:
     """Builders of the selected groups; each makes its tensors when it is called."""
-    wanted = OPS if args.ops == "all" else tuple(args.ops.split(","))
+    wanted = (
+        OPS if args.ops == "all" else tuple(PLANNER) if args.ops == "planner" else tuple(args.ops.split(","))
+    )
     if unknown := set(wanted) - set(OPS):
         raise SystemExit(f"--ops: expected names among {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
     default = "bfloat16" if device.startswith("cuda") else "float32,bfloat16"

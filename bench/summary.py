@@ -23,6 +23,15 @@ def check_lines(folder: Path) -> list[str]:
     return lines + faults[:12] + ([f"  and {len(faults) - 12} more"] if len(faults) > 12 else [])
 
 
+def sanitizer_lines(folder: Path) -> list[str]:
+    """The last word of each of NVIDIA's checkers."""
+    lines = []
+    for path in sorted(folder.glob("sanitizer_*.log")):
+        words = [line for line in path.read_text(errors="replace").splitlines() if "SUMMARY:" in line]
+        lines += [f"{path.stem:<24} {words[-1].strip('= ')}"] if words else []
+    return lines
+
+
 def timing_lines(folder: Path) -> list[str]:
     """One line for each timed case of a GPU run, with the best peer."""
     lines = []
@@ -54,7 +63,7 @@ def last_lines(folder: Path) -> list[str]:
 
 def main() -> int:
     folder = Path(sys.argv[1])
-    lines = [*check_lines(folder), *timing_lines(folder), *last_lines(folder)]
+    lines = [*check_lines(folder), *sanitizer_lines(folder), *timing_lines(folder), *last_lines(folder)]
     print("\n".join(lines) or "no results")
     return 0
 

@@ -76,7 +76,8 @@ def uneven_offsets(clusters: int, tokens: int, heads: int, gen: torch.Generator,
 def uneven_lists(q_offsets: Tensor, kv_offsets: Tensor, density: float, gen: torch.Generator) -> tuple:
     """Counts and lists that keep about ``density`` of the pairs.
 
-    Some query blocks keep up to three times as much as others. Each query block takes key clusters in random order until its share of the tokens is reached, as top-p does.
+    Some query blocks keep up to three times as much as others. Each takes key clusters in random order until
+    its share of the tokens is reached, as top-p does.
     """
     sizes = kv_offsets.diff(dim=-1)
     batch, heads, num_kv = sizes.shape
