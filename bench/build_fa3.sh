@@ -7,7 +7,8 @@
 #   FOLDER   where flash_attn_interface.py and flash_attn_3/ go; put it on PYTHONPATH
 #
 # Needs torch, nvcc 12.3 or later, and CUTLASS: SOURCE/csrc/cutlass, or the package nvidia-cutlass. Its own setup.py
-# downloads and compiles far more. Nothing is downloaded here.
+# downloads and compiles far more. Nothing is downloaded here. Torch's stable ABI is used: what one machine built, also
+# one without a GPU, runs with another torch from 2.9 on.
 set -euo pipefail
 [ $# = 2 ] || { sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2; exit 2; }
 source=$(realpath "$1") folder=$(realpath -m "$2") python=${PYTHON:-python3}
@@ -30,8 +31,8 @@ root = pathlib.Path(torch.__file__).parent / "include"
 print(root, root / "torch/csrc/api/include", sysconfig.get_path("include"), sep="\n")
 PROGRAM
 )
-cccl=$(dirname "$(dirname "$(realpath "$(command -v nvcc)")")")/include/cccl
-[ -d "$cccl" ] && includes+=(-isystem "$cccl")
+cuda=$(nvcc --dryrun -x cu -c /dev/null -o /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
+for path in "$cuda/include" "$cuda/include/cccl"; do [ -d "$path" ] && includes+=(-isystem "$path"); done
 device=(-gencode arch=compute_90a,code=sm_90a --use_fast_math --expt-relaxed-constexpr --expt-extended-lambda
   -DCUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED -DCUTLASS_ENABLE_GDC_FOR_SM90 -DCUTLASS_DEBUG_TRACE_LEVEL=0 -Xcompiler -fPIC)
 
@@ -41,16 +42,25 @@ pids=()
 for file in instantiations/flash_fwd_hdim{128,64}_bf16_sm90.cu flash_api_stable.cpp flash_prepare_scheduler.cu; do
   object=$folder/objects/$(basename "$file").o
   [ "$object" -nt "$here/$file" ] && continue
-  nvcc "${flags[@]}" "${device[@]}" "${includes[@]}" -c "$here/$file" -o "$object" &
+  case $file in
+    *.cu) nvcc "${flags[@]}" "${device[@]}" "${includes[@]}" -c "$here/$file" -o "$object" & ;;
+    *) "${CXX:-c++}" "${flags[@]}" "${includes[@]}" -fPIC -c "$here/$file" -o "$object" & ;;
+  esac
   pids+=($!)
   if [ "$(jobs -rp | wc -l)" -ge "${MAX_JOBS:-$(nproc)}" ]; then wait -n; fi
 done
 for pid in "${pids[@]}"; do wait "$pid"; done
 
 torch_lib=$("$python" -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent / "lib")')
-libraries=(-ltorch -ltorch_cpu -lc10)
-[ -f "$torch_lib/libtorch_cuda.so" ] && libraries+=(-ltorch_cuda -lc10_cuda)
-nvcc -shared -o "$folder/flash_attn_3/_C.abi3.so" "$folder"/objects/*.o -L"$torch_lib" "${libraries[@]}" -lcuda
+stub=$folder/objects/stub
+if [ ! -f "$torch_lib/libtorch_cuda.so" ]; then
+  # A torch without CUDA can still build for one with it: only the library's name is needed.
+  mkdir -p "$stub"
+  echo | "${CXX:-c++}" -shared -fPIC -x c++ - -Wl,-soname,libtorch_cuda.so -o "$stub/libtorch_cuda.so"
+fi
+# NOTE: through -Xlinker nvcc would move --no-as-needed behind the libraries that it is for.
+"${CXX:-c++}" -shared -o "$folder/flash_attn_3/_C.abi3.so" "$folder"/objects/*.o -L"$torch_lib" -L"$stub" -L"$cuda/lib64" \
+  -Wl,--no-as-needed -ltorch_cuda -Wl,--as-needed -ltorch_cpu -lc10 -lcudart_static -ldl -lrt -lpthread
 touch "$folder/flash_attn_3/__init__.py"
 cp "$here"/flash_attn_interface.py "$folder/"
 # The interface asks which head sizes there are.

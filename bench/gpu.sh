@@ -11,7 +11,7 @@
 #                    VDIT_LIBRARY_DIR in the environment means the same.
 #   --wheels DIR     wheels to unpack beside the build: pybind11 and nvidia-cutlass for it, diffusers for the layer,
 #                    peers (bench/README.md names them).
-#   --fa3 DIR        source of flash-attention, to build one instantiation of FlashAttention-3 from as a peer.
+#   --fa3 DIR        FlashAttention-3 as a peer: what build_fa3.sh built, or a checkout of flash-attention for it.
 #   --arch ARCH      CUDA architecture to build for (default: that of the first GPU).
 #   --seconds N      time for everything (default 570).
 #   --out DIR        where logs and results go (default: $OUT, else bench/results).
@@ -186,8 +186,11 @@ if [ -n "$wheels" ]; then
   export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 fi
 if [ -n "$fa3" ]; then
-  stage fa3 240 bash bench/build_fa3.sh "$fa3" "$work/fa3"
-  export PYTHONPATH=$work/fa3${PYTHONPATH:+:$PYTHONPATH}
+  if [ ! -d "$fa3/flash_attn_3" ]; then
+    stage fa3 240 bash bench/build_fa3.sh "$fa3" "$work/fa3"
+    fa3=$work/fa3
+  fi
+  export PYTHONPATH=$fa3${PYTHONPATH:+:$PYTHONPATH}
 fi
 stage environment 60 bash -c environment
 

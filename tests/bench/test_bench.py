@@ -140,6 +140,48 @@ def test_rounds_are_interleaved():
     assert all(len(s.wall) == len(s.cpu) == 3 for s in samples.values())
 
 
+def test_gpu_timer_lets_the_host_get_ahead(monkeypatch):
+    """On a stand-in for a GPU: the device waits as long as the host took last time, before the first event."""
+    done, now = [], [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+            self.at = now[0]
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3
+
+    def call():
+        done.append("call")
+        now[0] += 0.004
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(round(cycles / 2e9, 6)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: empty(4, dtype=dtype))
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+    samples = harness.interleave({"plan": call}, "cuda", harness.Settings(0.0, 2, 2))["plan"]
+    assert done == [
+        0.003,
+        "event",
+        "call",
+        "event",
+        "synchronize",
+        0.006,
+        "event",
+        "call",
+        "event",
+        "synchronize",
+    ]
+    assert samples.wall == pytest.approx([4000.0, 4000.0]) and samples.host == pytest.approx([4000.0, 4000.0])
+    assert harness._statistics(samples)["host_us"] == pytest.approx(4000.0) and not samples.cpu
+
+
 def test_errors_lose_their_folders():
     assert harness.short("No such file: /some/where/lib.so\nmore") == "No such file: lib.so"
     assert bench_run.hide_paths(["--out=/a/b/c", "/a/b/d", "--x", "y"]) == ["--out=.../c", ".../d", "--x", "y"]
