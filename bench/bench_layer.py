@@ -76,9 +76,10 @@ def wan(model: Model, dtype, device) -> Layer:
     from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 
     width, gen = model.heads * model.dim, torch.Generator(device).manual_seed(1)
-    block = WanTransformerBlock(
-        width, width * 27 // 10, model.heads, "rms_norm_across_heads", cross_attn_norm=True
-    )
+    with torch.device(device):  # drawing the weights of a large layer on a CPU takes seconds
+        block = WanTransformerBlock(
+            width, width * 27 // 10, model.heads, "rms_norm_across_heads", cross_attn_norm=True
+        )
     frames, rows, columns = model.layout.grid
     latents = torch.empty(1, 1, frames, 2 * rows, 2 * columns, device="meta")
     tables = WanRotaryPosEmbed(model.dim, (1, 2, 2), 1024)(latents)
@@ -97,7 +98,8 @@ def hunyuan(model: Model, dtype, device, *, single: bool = False) -> Layer:
 
     width, gen = model.heads * model.dim, torch.Generator(device).manual_seed(1)
     kind = upstream.HunyuanVideoSingleTransformerBlock if single else upstream.HunyuanVideoTransformerBlock
-    block = kind(model.heads, model.dim, mlp_ratio=4.0, qk_norm="rms_norm")
+    with torch.device(device):
+        block = kind(model.heads, model.dim, mlp_ratio=4.0, qk_norm="rms_norm")
     axes = [model.dim // 8, model.dim * 7 // 16, model.dim * 7 // 16]
     rotary = upstream.HunyuanVideoRotaryPosEmbed(1, 1, axes)
     tables = rotary(torch.empty(1, 1, *model.layout.grid, device=device))
@@ -126,7 +128,8 @@ def cogvideox(model: Model, dtype, device) -> Layer:
     from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 
     width, gen = model.heads * model.dim, torch.Generator(device).manual_seed(1)
-    block = CogVideoXBlock(width, model.heads, model.dim, time_embed_dim=512, attention_bias=True)
+    with torch.device(device):
+        block = CogVideoXBlock(width, model.heads, model.dim, time_embed_dim=512, attention_bias=True)
     frames, rows, columns = model.layout.grid
     tables = get_3d_rotary_pos_embed(
         model.dim, None, (rows, columns), frames, grid_type="slice", max_size=(rows, columns), device=device
@@ -207,6 +210,7 @@ def entry_of(transformer: str):
 
 def dense_group(shape: str, model: Model, dtype, device: str) -> Group:
     """A layer that vdit_ext has no processor for, and attention of its size."""
+    torch.manual_seed(0)  # of the weights
     layer = SHAPES[shape][0](model, dtype, device)
     size = 1, model.layout.num_tokens, model.heads, model.dim
     q, k, v = (torch.randn(size, device=device).to(dtype).transpose(1, 2) for _ in range(3))
@@ -227,6 +231,7 @@ def dense_group(shape: str, model: Model, dtype, device: str) -> Group:
 
 def layer_group(shape: str, model: Model, name: str, dtype, device: str) -> Group:
     """The dense layer, the accelerated one, and the parts of the latter's attention."""
+    torch.manual_seed(0)  # of the weights
     layer, entry = SHAPES[shape][0](model, dtype, device), entry_of(TRANSFORMERS[shape])
     method, state = bench_hopper.make_method(name, model.q_clusters, model.k_clusters, model.sparsity)
     if name == "draft":

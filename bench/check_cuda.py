@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import json
 import queue
+import random
 import re
 import subprocess
 import sys
@@ -75,15 +76,18 @@ def worker(args: argparse.Namespace) -> int:
 
 
 def selected(checks, op: str, args: argparse.Namespace, backend) -> Iterator[tuple]:
-    """An op's cases that match ``--select``; with ``--per-op``, so many, spread over its list."""
+    """An op's cases that match ``--select``; with ``--per-op``, so many, drawn the same way every time.
+
+    Not every n-th: dtypes and head sizes alternate in the lists.
+    """
     chosen = re.compile(args.select)
     cases = (case for case in checks.named_cases(op, args.large, backend) if chosen.search(f"{op} {case[0]}"))
     if not args.per_op:
         yield from cases
         return
     cases = list(cases)
-    for i in range(min(args.per_op, len(cases))):
-        yield cases[i * len(cases) // min(args.per_op, len(cases))]
+    drawn = random.Random(0).sample(range(len(cases)), min(args.per_op, len(cases)))
+    yield from (cases[i] for i in sorted(drawn))
 
 
 def watch(args: argparse.Namespace, family: str, deadline: float) -> Iterator[dict]:

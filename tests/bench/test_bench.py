@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ if str(BENCH) not in sys.path:
 import bench_attention  # noqa: E402
 import bench_hopper  # noqa: E402
 import bench_layer  # noqa: E402
+import check_cuda  # noqa: E402
 import harness  # noqa: E402
 import run as bench_run  # noqa: E402
 import summary  # noqa: E402
@@ -291,6 +294,33 @@ def test_gpu_script_goes_on_after_a_failure(tmp_path):
         line.split(maxsplit=3)[::3] for line in done.stdout.split("== summary")[1].splitlines()[1:] if line
     )
     assert states["check_attention"] == "failed (5)" == states["resources"] and states["figures-sm80"] == "ok"
+
+
+def test_check_script_selects_cases():
+    names = [f"case {i}" for i in range(40)]
+    checks = types.SimpleNamespace(named_cases=lambda op, large, backend: [(name, None) for name in names])
+
+    def chosen(select="", per_op=0):
+        args = argparse.Namespace(select=select, per_op=per_op, large=False)
+        return [name for name, _ in check_cuda.selected(checks, "an_op", args, None)]
+
+    assert chosen() == names and chosen(select="^an_op case 3$") == ["case 3"]
+    few = chosen(per_op=6)
+    assert len(few) == 6 and few == chosen(per_op=6) and few == [name for name in names if name in few]
+    assert chosen(per_op=99) == names
+
+
+def test_a_worker_tells_of_failures():
+    """Its exit code is what a checker that wraps it passes on."""
+    command = [sys.executable, "bench/check_cuda.py", "--worker", "--backend", "cpu", "--family", "attention"]
+    command += ["--op", "label_sort", "--select", "N=777 "]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode == 0
+    broken = "import sys; sys.argv[1:] = {!r}; sys.path.insert(0, 'bench'); import check_cuda, check_attention as c; "
+    broken += "c.same = lambda *a: (_ for _ in ()).throw(AssertionError('no')); sys.exit(check_cuda.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", broken.format(command[2:])], cwd=ROOT, capture_output=True, timeout=120
+    )
+    assert done.returncode == 4, done.stderr
 
 
 def test_check_script_goes_on_after_failures(tmp_path):

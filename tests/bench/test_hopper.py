@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,37 @@ def test_a_permutation_that_is_not_the_definitions_is_not_timed(tmp_path, monkey
     monkeypatch.setattr(bench_hopper.ops, "unpermute_rows", lambda x, index: x.clone())
     _, result, _ = result_of(tmp_path, "hopper", "--shapes", "wan14b", "--no-flex", "--select", "svg2")
     assert {r["op"]: r["status"] for r in result["rows"]}["permute"] == "check failed"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (
+            ["vdit::sm90::OrderItems", "void kernel_entry<vdit::sm90::BlockSparseAttentionKernel<...>>(...)"],
+            "sm90",
+        ),
+        (["void kernel_entry<vdit::BlockSparseAttentionKernel<cutlass::bfloat16_t, 128, 128>>(...)"], "sm80"),
+        (["memcpy"], "sm90, not seen"),
+    ],
+)
+def test_the_kernel_is_the_one_that_ran(names, expected, monkeypatch):
+    class Seen:
+        def __init__(self, activities):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def key_averages(self):
+            return [types.SimpleNamespace(key=name) for name in names]
+
+    monkeypatch.setattr(torch.profiler, "profile", Seen)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setenv("VDIT_ATTENTION_KERNEL", "sm90")
+    assert bench_hopper.kernel_of(lambda: None, "cuda") == expected
 
 
 def test_models_are_those_of_the_cases():
