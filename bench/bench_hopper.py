@@ -92,9 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     for name, what in (
         ("grid", "frames,rows,columns of every model instead of its own, to try things out"),
-        ("text", "text tokens, with --grid; for models that have them"),
-        ("heads", "heads, with --grid"),
-        ("clusters", "query,key clusters, with --grid"),
+        ("text", "text tokens, with --grid, of models that have them; default: 8"),
+        ("heads", "heads, with --grid; default: 2"),
+        ("clusters", "query,key clusters, with --grid; default: 4,8"),
     ):
         parser.add_argument(f"--{name}", default="", help=what)
 
@@ -115,7 +115,7 @@ def resized(model: Model, args: argparse.Namespace) -> Model:
             raise SystemExit("--text, --heads and --clusters are for sizes of your own: give --grid too")
         return model
     grid = tuple(int(size) for size in args.grid.split(","))
-    text = int(args.text or 0) if model.layout.text_len else 0
+    text = int(args.text or 8) if model.layout.text_len else 0
     layout = TokenLayout(grid, text, text_first=model.layout.text_first)
     q_clusters, k_clusters = (int(n) for n in (args.clusters or "4,8").split(","))
     return replace(
