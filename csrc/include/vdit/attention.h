@@ -177,5 +177,9 @@ void run_topk_blocks_sm80(TopkBlocksParams const& p, void* workspace, void* stre
 int64_t topk_blocks_workspace_bytes(TopkBlocksParams const& p);
 void run_topp_blocks_sm80(ToppBlocksParams const& p, void* workspace, void* stream);
 int64_t topp_blocks_workspace_bytes(ToppBlocksParams const& p);
+// Compute capability 9.0: as for attention. What can_run_... refuses, fp32 for one, is for run_kmeans_assign_sm80.
+void run_kmeans_assign_sm90(KMeansAssignParams const& p, void* workspace, void* stream);
+int64_t kmeans_assign_sm90_workspace_bytes(KMeansAssignParams const& p);
+bool can_run_kmeans_assign_sm90(KMeansAssignParams const& p);
 
 }  // namespace vdit
