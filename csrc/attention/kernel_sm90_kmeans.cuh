@@ -1,8 +1,8 @@
 // kmeans_assign on wgmma and TMA, compute capability 9.0.
 //
-// Thread blocks stay, one an SM, and take every grid-th tile of kBlockM rows. A producer thread loads the tile
-// and then streams all centroids past it, kBlockN a stage. Each of two consumer warpgroups holds two parts of
-// 64 rows as register operands, so that the tile's shared memory is free for the next one at once.
+// Thread blocks stay, one an SM, and take every grid-th tile of kBlockM rows. A producer thread loads the
+// tile and then streams all centroids past it, kBlockN a stage. Each of two consumer warpgroups holds two
+// parts of 64 rows as register operands, so that the tile's shared memory is free for the next one at once.
 //
 // While the scores of one part are searched for their maximum, the products of the other part, and those of
 // the other warpgroup, keep the tensor cores busy. No n x c matrix exists.

@@ -61,7 +61,8 @@ int64_t kmeans_assign_sm90_workspace_bytes(KMeansAssignParams const& p) {
 void run_kmeans_assign_sm90(KMeansAssignParams const& p, void* workspace, void* stream) {
   if (!can_run_kmeans_assign_sm90(p)) {
     throw std::runtime_error(
-        "vdit::kmeans_assign: fp16 or bf16 rows of 64, 96 or 128 columns at multiples of 16 bytes were expected "
+        "vdit::kmeans_assign: fp16 or bf16 rows of 64, 96 or 128 columns at multiples of 16 bytes were "
+        "expected "
         "by the sm90 kernel, got others; call run_kmeans_assign_sm80.");
   }
   if (p.dtype == DType::kFloat16) return sm90::assign_any<cute::half_t>(p, workspace, stream);

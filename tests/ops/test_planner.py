@@ -160,6 +160,40 @@ def test_segment_mean(backend, dtype, dim, n, c):
     assert torch.equal(out, again), "equal inputs give equal bits"
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=FLOAT_IDS)
+@pytest.mark.parametrize("dim", [8, 64, 136, 256])
+def test_segment_mean_falls_back_as_a_whole_where_a_column_is_not_finite(backend, dtype, dim):
+    x, fallback = rows(1, 2, 90, dim, dtype=dtype), rows(1, 2, 9, dim, seed=1, dtype=dtype)
+    labels = (torch.arange(90, dtype=torch.int32) % 9).expand(1, 2, -1).contiguous()
+    largest = torch.finfo(dtype).max
+    x[0, 0, 0, dim - 1] = torch.nan  # row i is in segment i % 9
+    x[0, 0, 10, 3] = torch.inf
+    x[0, 1, 2, 0] = -torch.inf
+    x[0, 1, [3, 12], 5] = torch.tensor([torch.inf, -torch.inf], dtype=dtype)
+    x[0, 1, 4::9, 1] = largest  # in fp16 the sum stays in fp32's range, and the mean in fp16's
+    sorted_idx, offsets = defs.label_sort_naive(labels, 9)
+    out = backend.ops.segment_mean(*on(backend, x, sorted_idx, offsets, fallback)).cpu()
+    expected = defs.segment_mean_naive(x, sorted_idx, offsets, fallback)
+    bad = [(0, 0), (0, 1), (1, 2), (1, 3)] + [(1, 4)] * (dtype != torch.float16)
+    for h in range(2):
+        for c in range(9):
+            assert torch.equal(out[0, h, c], fallback[0, h, c]) == ((h, c) in bad), (h, c)
+    assert out.isfinite().all()
+    scale = torch.where(expected.abs() > 100, expected.abs().double(), 1.0)
+    assert_close(
+        out / scale,
+        expected / scale,
+        tolerance={torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype],
+    )
+
+
+def test_segment_mean_hands_out_the_fallback_as_it_is(backend):
+    x, fallback = rows(1, 1, 4, 64), torch.full((1, 1, 2, 64), torch.inf)
+    labels = torch.zeros(1, 1, 4, dtype=torch.int32)
+    out = backend.ops.segment_mean(*on(backend, x, *defs.label_sort_naive(labels, 2), fallback)).cpu()
+    assert out[0, 0, 0].isfinite().all() and (out[0, 0, 1] == torch.inf).all()
+
+
 # --- topk_blocks, topp_blocks -------------------------------------------------------------------------------
 
 

@@ -102,7 +102,8 @@ struct LabelSortParams {
 };
 
 // out[c] = mean over i in [offsets[c], offsets[c+1]) of x[sorted_idx[i]], fp32 sums in that order (no
-// atomics, so the result does not depend on timing); an empty segment takes fallback[c].
+// atomics, so the result does not depend on timing). An empty segment takes fallback[c], and so does, as a whole,
+// one whose mean has a column that is not finite in x's type.
 struct SegmentMeanParams {
   void const* x = nullptr;              // [b, h, n, d]
   int32_t const* sorted_idx = nullptr;  // [b, h, n] contiguous
