@@ -256,12 +256,15 @@ struct KMeansAssignKernel {
     }
   }
 
+  // The two warpgroups take turns, lest both search at once while no products run: one begins its products
+  // when the other has half of its own left.
   VDIT_DEVICE static void consume(Params const& a, Shared& s, int group) {
+    if (group == 1) named_arrive(1, 256);  // the first turn is group 0's
     KMeansAssignParams const& p = a.assign;
     Place at;
     for (int round = 0;; ++round) {
       int64_t const i = block_idx_x() + static_cast<int64_t>(round) * grid_dim_x();
-      if (i >= a.num_items) return;
+      if (i >= a.num_items) break;
       uint32_t x0[kSteps][4], x1[kSteps][4];
       float scores0[kScores], scores1[kScores];
       Best best0, best1;
@@ -273,9 +276,11 @@ struct KMeansAssignKernel {
 
       for (int tile = 0; tile < a.num_tiles; ++tile, at.advance()) {
         barrier_wait(&s.c_full[at.stage], at.parity);
+        named_sync(1 + group, 256);
         start_scores(x0, s.centroids[at.stage], scores0);
         start_scores(x1, s.centroids[at.stage], scores1);
         finish_scores<1>(scores0);
+        named_arrive(2 - group, 256);
         keep_scores(scores0, s.starts[at.stage], tile, best0);
         finish_scores<0>(scores1);
         keep_scores(scores1, s.starts[at.stage], tile, best1);
@@ -288,6 +293,7 @@ struct KMeansAssignKernel {
       store_labels(best0, labels, p.num_rows - row0);
       store_labels(best1, labels + 64, p.num_rows - row0 - 64);
     }
+    if (group == 0) named_sync(1, 256);
   }
 
   VDIT_DEVICE void operator()(Params const& a, char* smem) const {

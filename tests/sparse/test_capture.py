@@ -10,6 +10,7 @@ from cases.sparse import tensors
 import vdit_ext
 from vdit_ext.sparse import SVG2, DraftAttention, TokenLayout
 from vdit_ext.sparse.shapes import SHAPES
+from vdit_ext.sparse.tiles import tile_order
 
 METHODS = {
     "svg2": SVG2(num_q_clusters=20, num_k_clusters=50, iter_init=3, iter_step=2),
@@ -162,3 +163,14 @@ def test_a_captured_step_replays_on_other_inputs(method, layout):
         for slot in start:
             assert torch.equal(state.centroids[slot], twin.centroids[slot]), f"centroids of replay {seed}"
             assert not torch.equal(state.centroids[slot], start[slot]), "the centroids move"
+
+
+def test_tables_made_while_a_graph_is_captured_are_not_shared():
+    """They hold nothing until the first replay."""
+    if not torch.cuda.is_available():
+        pytest.skip("cuda: no GPU on this machine")
+    layout = TokenLayout((2, 6, 10))
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        tile_order(layout, (4, 4), torch.device("cuda"))
+    expected = tile_order(layout, (4, 4), torch.device("cpu"))
+    assert torch.equal(tile_order(layout, (4, 4), torch.device("cuda")).cpu(), expected)
