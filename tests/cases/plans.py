@@ -93,13 +93,13 @@ def meta_qkv(heads: int, tokens: int, dim: int, batch: int = 1) -> tuple[Tensor,
     )
 
 
-def warm_plan(method, q: Tensor, k: Tensor, layout: TokenLayout) -> BlockPlan:
+def warm_plan(method, q: Tensor, k: Tensor, layout: TokenLayout, *, tokens_permuted: bool = False) -> BlockPlan:
     """The plan of a later step on "meta": SVG2 finds centroids in its cache.
 
     Its clustering runs in the open, where tensors without memory would else see one opaque op.
     """
     state = method.new_state(0, 1)
-    state.logs_density = False
+    state.logs_density, state.tokens_permuted = False, tokens_permuted
     if not isinstance(method, svg2.SVG2):
         return method.plan(q, k, layout, state)
     batch, heads, _, dim = q.shape
