@@ -114,7 +114,8 @@ inline void check_lists_contents(char const* op, Tensor const& given_counts, Ten
 }
 
 // An index list of row numbers below `rows`; with `permutation`, each row exactly once.
-inline void check_index_contents(char const* op, Tensor const& given, int64_t rows, bool permutation) {
+inline void check_index_contents(char const* op, char const* name, Tensor const& given, int64_t rows,
+                                 bool permutation) {
   Tensor const t = to_cpu(given);
   std::vector<char> seen;
   for (int64_t b = 0; b < t.size(0); ++b)
@@ -122,10 +123,11 @@ inline void check_index_contents(char const* op, Tensor const& given, int64_t ro
       int32_t const* row = t.const_data_ptr<int32_t>() + b * t.stride(0) + h * t.stride(1);
       if (permutation) seen.assign(rows, 0);
       for (int64_t i = 0; i < t.size(2); ++i) {
-        VDIT_CHECK(row[i] >= 0 && row[i] < rows, op, "index must be in 0..", rows - 1, ", got ", row[i],
+        VDIT_CHECK(row[i] >= 0 && row[i] < rows, op, name, " must be in 0..", rows - 1, ", got ", row[i],
                    " at position ", i);
         if (!permutation) continue;
-        VDIT_CHECK(!seen[row[i]], op, "index must be a permutation, got ", row[i], " twice in batch ", b, ", head ", h);
+        VDIT_CHECK(!seen[row[i]], op, name, " must be a permutation, got ", row[i], " twice in batch ", b, ", head ",
+                   h);
         seen[row[i]] = 1;
       }
     }

@@ -143,7 +143,8 @@ inline int groups_of(int vecs) { return (vecs + Simd::kMaxVecs - 1) / Simd::kMax
 
 // q: `rows` rows into lanes, zeros behind the last. `negate` flips the sign, which is exact.
 template <bool kDot, class T>
-void pack_rows(T const* x, int64_t stride, int rows, int head_dim, bool negate, Scratch& t) {
+void pack_rows(T const* x, int64_t stride, int32_t const* index, int rows, int head_dim, bool negate,
+               Scratch& t) {
   int const words = words_of<kDot>(head_dim), vecs = vecs_of(rows), groups = groups_of(vecs);
   float* const stage = t.k;  // [kLanes, kTilePitch]
   for (int g = 0; g < groups; ++g) {
@@ -154,7 +155,8 @@ void pack_rows(T const* x, int64_t stride, int rows, int head_dim, bool negate, 
       for (int i = 0; i < kLanes; ++i) {
         float* const row = stage + i * kTilePitch;
         if (first + i < rows) {
-          copy_row<kDot>(x + (first + i) * stride, row, head_dim);
+          int64_t const source = index ? index[first + i] : first + i;
+          copy_row<kDot>(x + source * stride, row, head_dim);
         } else {
           std::memset(row, 0, sizeof(float) * words);
         }
@@ -332,12 +334,19 @@ void attend_tile(Scratch& t, Group group, int count, int head_dim, float scale) 
   if constexpr (Simd::kMaxVecs >= 3) attend_tile<kDot, 3>(t, group.first_vec, count, head_dim, scale);
 }
 
+// Where an item's query rows are in q, out and lse; null: at item.row and on.
+inline int32_t const* query_index(BlockSparseAttentionParams const& p, CpuItem const& item) {
+  if (p.q_index == nullptr) return nullptr;
+  return p.q_index + item.b * p.stride_q_index.b + item.h * p.stride_q_index.h + item.row;
+}
+
 // out / sum back to rows, and lse. A row with sum 0 has no key, or none above -inf: out 0, lse -inf.
 template <class T>
 void store_item(BlockSparseAttentionParams const& p, CpuItem const& item, Scratch& t) {
   int const head_dim = p.head_dim, vecs = vecs_of(item.rows), groups = groups_of(vecs);
   T* const out = static_cast<T*>(p.out) + item.b * p.stride_out.b + item.h * p.stride_out.h;
   float* const lse = p.lse ? p.lse + item.b * p.stride_lse.b + item.h * p.stride_lse.h : nullptr;
+  int32_t const* const index = query_index(p, item);
   float* const stage = t.k;  // [kLanes, kTilePitch]
   for (int g = 0; g < groups; ++g) {
     Group const group = group_of(g, groups, vecs);
@@ -358,10 +367,11 @@ void store_item(BlockSparseAttentionParams const& p, CpuItem const& item, Scratc
           for (int d = 0; d < head_dim; d += kLanes)
             Simd::store(row + d, Simd::mul(Simd::load(row + d), inverse));
         }
-        store_row(row, out + (item.row + first + i) * p.stride_out.s, head_dim);
+        int64_t const to = index ? index[first + i] : item.row + first + i;
+        store_row(row, out + to * p.stride_out.s, head_dim);
         if (lse == nullptr) continue;
         float const log_max = t.max[first + i] * 0.69314718056f;
-        lse[item.row + first + i] = sum == 0.f ? -__builtin_inff() : log_max + __builtin_logf(sum);
+        lse[to] = sum == 0.f ? -__builtin_inff() : log_max + __builtin_logf(sum);
       }
     }
   }
@@ -376,7 +386,9 @@ void attend_item(BlockSparseAttentionParams const& p, CpuItem const& item, Scrat
 
   // The largest score is found before scaling, hence a positive scale; its sign goes into q.
   float const scale = (p.scale < 0.f ? -p.scale : p.scale) * 1.44269504089f;
-  pack_rows<kDot>(q + item.row * p.stride_q.s, p.stride_q.s, item.rows, p.head_dim, p.scale < 0.f, t);
+  int32_t const* const index = query_index(p, item);
+  T const* const first = index ? q : q + item.row * p.stride_q.s;
+  pack_rows<kDot>(first, p.stride_q.s, index, item.rows, p.head_dim, p.scale < 0.f, t);
   std::memset(t.out, 0, sizeof(float) * p.head_dim * vecs * kLanes);
   for (int i = 0; i < vecs * kLanes; ++i) {
     t.max[i] = -__builtin_inff();
@@ -445,7 +457,7 @@ void assign_item(KMeansAssignParams const& p, CpuItem const& item, Scratch& t) {
   int const words = words_of<kDot>(p.head_dim), vecs = vecs_of(item.rows), groups = groups_of(vecs);
   alignas(64) int32_t label[kCpuItemRows] = {};  // what a row keeps that compares with nothing, for NaN
   for (int i = 0; i < vecs * kLanes; ++i) t.max[i] = -__builtin_inff();
-  pack_rows<kDot>(x + item.row * p.stride_x.s, p.stride_x.s, item.rows, p.head_dim, false, t);
+  pack_rows<kDot>(x + item.row * p.stride_x.s, p.stride_x.s, nullptr, item.rows, p.head_dim, false, t);
   for (int64_t first = 0; first < p.num_centroids; first += kTileKeys) {
     int const count = static_cast<int>(min64(kTileKeys, p.num_centroids - first)),
               at = static_cast<int>(first);

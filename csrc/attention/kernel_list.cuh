@@ -17,6 +17,26 @@ VDIT_DEVICE int32_t list_length(BlockSparseAttentionParams const& p, int64_t b, 
   return clamp_to<int32_t>(length, 0, p.list_width);
 }
 
+// The rows of a query tile: consecutive, or where q_index has them.
+struct QueryRows {
+  int32_t const* index;
+  int32_t first, rows;
+  int32_t length;  // of the sequence
+
+  VDIT_DEVICE QueryRows(BlockSparseAttentionParams const& p, int64_t b, int64_t h, int32_t row0,
+                        int32_t count)
+      : index(p.q_index), first(row0), rows(count), length(static_cast<int32_t>(p.seqlen_q)) {
+    if (index != nullptr) index += b * p.stride_q_index.b + h * p.stride_q_index.h;
+  }
+  // Where row r of the tile is in q, out and lse; -1 where there is none.
+  VDIT_DEVICE int32_t at(int r) const {
+    if (r >= rows) return -1;
+    if (index == nullptr) return first + r;
+    int32_t const row = index[first + r];
+    return row >= 0 && row < length ? row : -1;
+  }
+};
+
 // Rows of a key block that there is.
 VDIT_DEVICE RowSpan key_block_rows(BlockSparseAttentionParams const& p, int64_t b, int64_t h, int64_t block) {
   int32_t const* offsets = p.kv_offsets;

@@ -169,13 +169,14 @@ struct BlockSparseAttentionKernel {
     return m * 64 + warp_idx() * 16 + half * 8 + lane_idx() / 4;
   }
 
-  VDIT_DEVICE static void fetch_queries(T const* q, int64_t stride, int rows, T* smem_q) {
+  VDIT_DEVICE static void fetch_queries(T const* q, int64_t stride, QueryRows const& rows, T* smem_q) {
     auto sQ = cute::make_tensor(cute::make_smem_ptr(smem_q), SmemQ{});
     CUTE_UNROLL
     for (int i = 0; i < kBlockM * kChunks / kThreads; ++i) {
       int const item = thread_idx() + i * kThreads;
       int const r = item / kChunks, col = item % kChunks * 8;
-      cp_async_16(&sQ(r, col), q + (r < rows ? r * stride : 0) + col, r < rows);
+      int64_t const row = rows.at(r);
+      cp_async_16(&sQ(r, col), q + (row >= 0 ? row * stride : 0) + col, row >= 0);
     }
   }
 
@@ -330,8 +331,8 @@ struct BlockSparseAttentionKernel {
 
   // Adds up the quads' sums, divides, and writes lse. A row that saw nothing gets 0 and -inf; NaN everywhere
   // when the list named a block that does not exist.
-  VDIT_DEVICE static void finish(RowStats& stats, Output& o, float exponent_scale, bool bad, int rows,
-                                 float* lse) {
+  VDIT_DEVICE static void finish(RowStats& stats, Output& o, float exponent_scale, bool bad,
+                                 QueryRows const& rows, float* lse) {
     CUTE_UNROLL
     for (int i = 0; i < kRows; ++i) {
       float sum = stats.sum[i];
@@ -347,15 +348,16 @@ struct BlockSparseAttentionKernel {
           x = empty && !bad ? 0.f : x * inverse;
         }
       }
-      int const row = row_of(i / 2, i % 2);
+      int32_t const row = rows.at(row_of(i / 2, i % 2));
       constexpr float kLn2 = 0.69314718055994531f;
       float const value = bad ? NAN : (empty ? -INFINITY : stats.max[i] * exponent_scale * kLn2 + logf(sum));
-      if (lane_idx() % 4 == 0 && row < rows) lse[row] = value;
+      if (lane_idx() % 4 == 0 && row >= 0) lse[row] = value;
     }
   }
 
   // Through the queries' shared memory, so that global stores are of 16 bytes and whole rows.
-  VDIT_DEVICE static void store_out(Output const& o, T* smem_q, T* out, int64_t stride, int rows) {
+  VDIT_DEVICE static void store_out(Output const& o, T* smem_q, T* out, int64_t stride,
+                                    QueryRows const& rows) {
     auto sO = cute::make_tensor(cute::make_smem_ptr(smem_q), SmemQ{});
     CUTE_UNROLL
     for (int i = 0; i < kRows; ++i) {
@@ -371,8 +373,9 @@ struct BlockSparseAttentionKernel {
     for (int i = 0; i < kBlockM * kChunks / kThreads; ++i) {
       int const item = thread_idx() + i * kThreads;
       int const r = item / kChunks, col = item % kChunks * 8;
-      if (r < rows)
-        *reinterpret_cast<uint4*>(out + r * stride + col) = *reinterpret_cast<uint4 const*>(&sO(r, col));
+      int64_t const row = rows.at(r);
+      if (row >= 0)
+        *reinterpret_cast<uint4*>(out + row * stride + col) = *reinterpret_cast<uint4 const*>(&sO(r, col));
     }
   }
 
@@ -381,7 +384,7 @@ struct BlockSparseAttentionKernel {
     int64_t const b = block_idx_z(), h = block_idx_y();
     QueryTile const tile = find_query_tile<kBlockM>(p, block_idx_x(), b, h);
     if (tile.rows == 0) return;
-    T const* q = static_cast<T const*>(p.q) + b * p.stride_q.b + h * p.stride_q.h + tile.row0 * p.stride_q.s;
+    T const* q = static_cast<T const*>(p.q) + b * p.stride_q.b + h * p.stride_q.h;
     T const* k = static_cast<T const*>(p.k) + b * p.stride_k.b + h * p.stride_k.h;
     T const* v = static_cast<T const*>(p.v) + b * p.stride_v.b + h * p.stride_v.h;
     T* smem_q = reinterpret_cast<T*>(smem);  // [kBlockM, kHeadDim]
@@ -410,7 +413,7 @@ struct BlockSparseAttentionKernel {
     // Fill all stages but one.
     RowStream stream(p, tile.block);
     int keys[kStages - 1];  // rows of the steps under way
-    fetch_queries(q, p.stride_q.s, tile.rows, smem_q);
+    fetch_queries(q, p.stride_q.s, QueryRows(p, b, h, tile.row0, tile.rows), smem_q);
     CUTE_UNROLL
     for (int i = 0; i < kStages - 1; ++i) {
       keys[i] = fetch_keys(stream, k, p.stride_k.s, v, p.stride_v.s, smem_kv + i * 2 * kKElements);
@@ -457,10 +460,11 @@ struct BlockSparseAttentionKernel {
 
     cp_async_wait<0>();
     sync_block();  // an empty list leaves the queries' copies under way, and the outputs take their place
-    T* out = static_cast<T*>(p.out) + b * p.stride_out.b + h * p.stride_out.h + tile.row0 * p.stride_out.s;
-    float* lse = p.lse + b * p.stride_lse.b + h * p.stride_lse.h + tile.row0;
-    finish(stats, o, exponent_scale, warp_any(stream.bad), tile.rows, lse);
-    store_out(o, smem_q, out, p.stride_out.s, tile.rows);
+    T* out = static_cast<T*>(p.out) + b * p.stride_out.b + h * p.stride_out.h;
+    float* lse = p.lse + b * p.stride_lse.b + h * p.stride_lse.h;
+    QueryRows const rows(p, b, h, tile.row0, tile.rows);  // again: not kept in registers meanwhile
+    finish(stats, o, exponent_scale, warp_any(stream.bad), rows, lse);
+    store_out(o, smem_q, out, p.stride_out.s, rows);
   }
 };
 

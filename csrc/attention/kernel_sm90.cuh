@@ -189,7 +189,8 @@ struct BlockSparseAttentionKernel {
 
   struct Params {
     BlockSparseAttentionParams attention;
-    TensorMap q;  // boxes of 64 columns x 64 rows
+    TensorMap q;      // boxes of 64 columns x 64 rows
+    TensorMap q_row;  // x 1 row, where queries are gathered
     TensorMap k[kBoxes], v[kBoxes];
     ListBits bits;
     RunBoxes run_boxes;
@@ -300,9 +301,11 @@ struct BlockSparseAttentionKernel {
         Item const item = take_item(a);
         barrier_wait(&s.q_empty, parity ^ 1);
         s.item = item;
-        load_queries(a, s);
+        WorkPart const* part = item.work.part;
+        barrier_arrive_expect(&s.q_full, (groups_of(part[0]) + groups_of(part[1])) * kQueryBytes);
       }
       sync_warp();
+      load_queries(a, s);
       if (s.item.work.part[0].rows == 0) return;
       Map const map = s.item.map;
       KeyWindows windows(a.attention, a.bits, map.batch, map.head, s.item.work);
@@ -319,17 +322,31 @@ struct BlockSparseAttentionKernel {
     }
   }
 
+  // 64 rows a consumer: in one box, or each in a box of its own where q_index says. Rows that there are not
+  // come as zeros from past the end.
   VDIT_DEVICE static void load_queries(Params const& a, Shared& s) {
-    WorkItem const& work = s.item.work;
-    barrier_arrive_expect(&s.q_full, (groups_of(work.part[0]) + groups_of(work.part[1])) * kQueryBytes);
+    Map const map = s.item.map;
     char* queries = s.queries;
-    for (WorkPart const& part : work.part) {
+    for (WorkPart const& part : s.item.work.part) {
+      QueryRows const rows(a.attention, map.batch, map.head, part.row0, part.rows);
       for (int row = 0; row < part.rows; row += 64, queries += kQueryBytes) {
-        for (int slab = 0; slab < kSlabs; ++slab) {
-          tma_load(queries + slab * kQuerySlab, a.q, &s.q_full, slab * 64, part.row0 + row, s.item.map.head,
-                   s.item.map.batch);
+        if (a.attention.q_index == nullptr) {
+          if (lane_idx() == 0) load_query_box(a.q, s, map, queries, part.row0 + row);
+          continue;
+        }
+        for (int i = lane_idx(); i < 64; i += 32) {
+          int32_t const source = rows.at(row + i);
+          load_query_box(a.q_row, s, map, queries + i * kRowBytes, source >= 0 ? source : rows.length);
         }
       }
+    }
+  }
+
+  VDIT_DEVICE static void load_query_box(TensorMap const& box, Shared& s, Map const& map, char* to,
+                                         int source) {
+    CUTE_UNROLL
+    for (int slab = 0; slab < kSlabs; ++slab) {
+      tma_load(to + slab * kQuerySlab, box, &s.q_full, slab * 64, source, map.head, map.batch);
     }
   }
 
@@ -617,11 +634,11 @@ struct BlockSparseAttentionKernel {
     if (!step.last) release(&s.q_empty);
 
     Map const& map = share.map;
-    finish(stats, o, exponent_scale, step.bad, share.rows,
-           p.lse + map.batch * p.stride_lse.b + map.head * p.stride_lse.h + share.row0);
-    T* out = static_cast<T*>(p.out) + map.batch * p.stride_out.b + map.head * p.stride_out.h +
-             share.row0 * p.stride_out.s;
-    store_out(o, out, p.stride_out.s, share.rows);
+    QueryRows const rows(p, map.batch, map.head, share.row0, share.rows);
+    finish(stats, o, exponent_scale, step.bad, rows,
+           p.lse + map.batch * p.stride_lse.b + map.head * p.stride_lse.h);
+    T* out = static_cast<T*>(p.out) + map.batch * p.stride_out.b + map.head * p.stride_out.h;
+    store_out(o, out, p.stride_out.s, rows);
   }
 
   // A warpgroup without rows lets an item's stages pass.
@@ -634,7 +651,7 @@ struct BlockSparseAttentionKernel {
   // Adds up the quads' sums, divides, and writes lse. A row that saw nothing gets 0 and -inf; NaN everywhere
   // when the list named a block that does not exist.
   VDIT_DEVICE static void finish(RowStats& stats, float (&o)[kOutputs], float exponent_scale, bool bad,
-                                 int rows, float* lse) {
+                                 QueryRows const& rows, float* lse) {
     constexpr float kLn2 = 0.69314718055994531f;
     CUTE_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -647,10 +664,10 @@ struct BlockSparseAttentionKernel {
       for (int i = 0; i < kOutputs; ++i) {
         if (i / 2 % 2 == half) o[i] = empty && !bad ? 0.f : o[i] * inverse;
       }
-      int const row = warp_idx() % 4 * 16 + half * 8 + lane_idx() / 4;
+      int32_t const row = rows.at(warp_idx() % 4 * 16 + half * 8 + lane_idx() / 4);
       float const value =
           bad ? NAN : (empty ? -INFINITY : stats.max[half] * exponent_scale * kLn2 + logf(sum));
-      if (lane_idx() % 4 == 0 && row < rows) lse[row] = value;
+      if (lane_idx() % 4 == 0 && row >= 0) lse[row] = value;
     }
   }
 
@@ -670,11 +687,12 @@ struct BlockSparseAttentionKernel {
 
   // A thread has two columns of each 8. The four of a quad exchange them for 8 columns of one 8 each, so that
   // global stores are of 16 bytes, and 64 of a row side by side.
-  VDIT_DEVICE static void store_out(float const (&o)[kOutputs], T* out, int64_t stride, int rows) {
+  VDIT_DEVICE static void store_out(float const (&o)[kOutputs], T* out, int64_t stride,
+                                    QueryRows const& rows) {
     int const quad = lane_idx() % 4;
     CUTE_UNROLL
     for (int half = 0; half < 2; ++half) {
-      int const row = warp_idx() % 4 * 16 + half * 8 + lane_idx() / 4;
+      int64_t const row = rows.at(warp_idx() % 4 * 16 + half * 8 + lane_idx() / 4);
       CUTE_UNROLL
       for (int n = 0; n < kHeadDim / 8; n += 4) {
         uint32_t words[4];
@@ -683,7 +701,7 @@ struct BlockSparseAttentionKernel {
           words[i] = pack2<T>(o[(n + i) * 4 + half * 2], o[(n + i) * 4 + half * 2 + 1]);
         }
         transpose_quads(words);
-        if (row < rows) {
+        if (row >= 0) {
           *reinterpret_cast<uint4*>(out + row * stride + (n + quad) * 8) =
               uint4{words[0], words[1], words[2], words[3]};
         }

@@ -5,23 +5,15 @@
 #include <cstring>
 
 #include "attention/kernel_sm90.cuh"
+#include "attention/launch_sm90.h"
 #include "attention/launch_util.cuh"
 #include "attention/tile.h"
 #include "attention/workspace_sm90.h"
 
 namespace vdit::sm90 {
 
-// Tokens of one tensor as TMA sees them: columns, rows, heads, batch.
-inline TensorMap map_rows(void const* rows, Strides3 const& stride, BlockSparseAttentionParams const& p,
-                          int64_t length, int box_rows) {
-  // A dimension of one entry is never stepped over; its stride may be anything, TMA's may not.
-  auto const bytes = [](int64_t size, int64_t elements) { return size > 1 ? elements * 2 : int64_t{16}; };
-  return make_tensor_map(rows, 2, {p.head_dim, length, p.heads, p.batch},
-                         {bytes(length, stride.s), bytes(p.heads, stride.h), bytes(p.batch, stride.b)},
-                         {64, box_rows, 1, 1}, SmemSwizzle::k128);
-}
-
-// How runs of rows are cut: VDIT_ATTENTION_RUNS is "binary" (the default) or "overlap", for benches and tests.
+// How runs of rows are cut: VDIT_ATTENTION_RUNS is "binary" (the default) or "overlap", for benches and
+// tests.
 inline RunBoxes run_boxes() {
   char const* value = std::getenv("VDIT_ATTENTION_RUNS");
   return value != nullptr && std::strcmp(value, "overlap") == 0 ? RunBoxes::kOverlap : RunBoxes::kBinary;
@@ -45,10 +37,13 @@ void attend(BlockSparseAttentionParams const& p, void* workspace, void* stream) 
 
   typename Kernel::Params a;
   a.attention = p;
-  a.q = map_rows(p.q, p.stride_q, p, p.seqlen_q, 64);
+  RowsShape const queries{p.batch, p.heads, p.seqlen_q, p.head_dim};
+  RowsShape const keys{p.batch, p.heads, p.seqlen_kv, p.head_dim};
+  a.q = map_rows(p.q, p.stride_q, queries, 64);
+  a.q_row = map_rows(p.q, p.stride_q, queries, 1);
   for (int i = 0; i < Kernel::kBoxes; ++i) {
-    a.k[i] = map_rows(p.k, p.stride_k, p, p.seqlen_kv, 1 << i);
-    a.v[i] = map_rows(p.v, p.stride_v, p, p.seqlen_kv, 1 << i);
+    a.k[i] = map_rows(p.k, p.stride_k, keys, 1 << i);
+    a.v[i] = map_rows(p.v, p.stride_v, keys, 1 << i);
   }
   a.bits = space.bits;
   a.run_boxes = run_boxes();

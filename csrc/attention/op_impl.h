@@ -77,7 +77,8 @@ struct AttentionOps {
 
   static std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor kv_num_blocks,
                                                            Tensor kv_indices, std::optional<Tensor> q_offsets,
-                                                           std::optional<Tensor> kv_offsets, int64_t q_block_size,
+                                                           std::optional<Tensor> kv_offsets,
+                                                           std::optional<Tensor> q_index, int64_t q_block_size,
                                                            int64_t kv_block_size, std::optional<double> scale) {
     char const* op = "block_sparse_attention";
     Shape4 const size = check_rows(op, "q", q);
@@ -94,7 +95,13 @@ struct AttentionOps {
     check_list(op, "kv_indices", kv_indices, q, 4, size.b, size.h);
     VDIT_CHECK(kv_num_blocks.size(2) == nq && kv_indices.size(2) == nq, op, "kv_num_blocks and kv_indices must list ",
                nq, " query blocks, got ", shape_of(kv_num_blocks), " and ", shape_of(kv_indices));
+    if (q_index) {
+      check_list(op, "q_index", *q_index, q, 3, size.b, size.h);
+      VDIT_CHECK(q_index->size(2) == size.s, op, "q_index must have one entry for each of the ", size.s,
+                 " queries, got ", shape_of(*q_index));
+    }
     if (contents_checked()) {
+      if (q_index) check_index_contents(op, "q_index", *q_index, size.s, true);
       if (q_offsets) check_offsets_contents(op, "q_offsets", *q_offsets, size.s);
       if (kv_offsets) check_offsets_contents(op, "kv_offsets", *kv_offsets, k.size(2));
       check_lists_contents(op, kv_num_blocks, kv_indices, nkv);
@@ -128,6 +135,10 @@ struct AttentionOps {
     if (kv_offsets) {
       p.kv_offsets = kv_offsets->const_data_ptr<int32_t>();
       p.stride_kv_offsets = broadcast2(*kv_offsets);
+    }
+    if (q_index) {
+      p.q_index = q_index->const_data_ptr<int32_t>();
+      p.stride_q_index = broadcast2(*q_index);
     }
     p.batch = size.b;
     p.heads = size.h;
@@ -198,7 +209,7 @@ struct AttentionOps {
       VDIT_CHECK(n == size.s, op, "index must have one entry for each of the ", size.s, " rows, got ", n);
     VDIT_CHECK(n == 0 || size.s > 0 || size.b * size.h == 0, op, "index must be empty because x has no rows, got ", n,
                " entries");
-    if (contents_checked()) check_index_contents(op, index, size.s, inverse);
+    if (contents_checked()) check_index_contents(op, "index", index, size.s, inverse);
 
     Scope scope(x);
     // The inverse stores [B, S, H, D]: that is what the projection after attention reads.
@@ -347,7 +358,7 @@ struct AttentionOps {
     VDIT_CHECK(offsets.size(0) == size.b && offsets.size(1) == size.h && offsets.size(2) == c + 1, op,
                "offsets must be [", size.b, ", ", size.h, ", ", c + 1, "], got ", shape_of(offsets));
     if (contents_checked()) {
-      check_index_contents(op, sorted_idx, size.s, false);
+      check_index_contents(op, "sorted_idx", sorted_idx, size.s, false);
       check_offsets_contents(op, "offsets", offsets, size.s);
     }
     Scope scope(x);

@@ -8,8 +8,8 @@ namespace vdit {
 inline void define_attention_schemas(torch::stable::detail::StableLibrary& m) {
   m.def(
       "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor kv_num_blocks, Tensor kv_indices, *, "
-      "Tensor? q_offsets=None, Tensor? kv_offsets=None, int q_block_size=128, int kv_block_size=128, "
-      "float? scale=None) -> (Tensor, Tensor)");
+      "Tensor? q_offsets=None, Tensor? kv_offsets=None, Tensor? q_index=None, int q_block_size=128, "
+      "int kv_block_size=128, float? scale=None) -> (Tensor, Tensor)");
   m.def("merge_attention(Tensor out1, Tensor lse1, Tensor out2, Tensor lse2) -> (Tensor, Tensor)");
   m.def("permute_rows(Tensor x, Tensor index) -> Tensor");
   m.def("unpermute_rows(Tensor x, Tensor index) -> Tensor");

@@ -24,6 +24,8 @@ class AttentionCase:
         density: share of kept blocks; 0 gives empty rows only, 1 keeps all.
         layout: "bhsd", "bshd" (transposed view), "sliced" (a view with a storage offset and gaps).
         lists: "full" or "broadcast" ([1, 1, ...] lists).
+        empty_rows: every other query block lists nothing.
+        shuffled: queries do not lie in the order of the blocks (``q_index``).
     """
 
     name: str
@@ -38,6 +40,7 @@ class AttentionCase:
     layout: str = "bshd"
     lists: str = "full"
     empty_rows: bool = False
+    shuffled: bool = False
     seed: int = 0
     scale: float | None = None
 
@@ -132,6 +135,9 @@ def make_attention(case: AttentionCase, dtype: torch.dtype) -> AttentionInputs:
         kwargs["q_block_size"] = case.q_block
     if kv_offsets is None:
         kwargs["kv_block_size"] = case.kv_block
+    if case.shuffled:
+        lead = (1, 1) if case.lists == "broadcast" else (case.batch, case.heads)
+        kwargs["q_index"] = torch.rand(*lead, case.seqlen_q, generator=gen).argsort(-1).int()
     return AttentionInputs(q, k, v, counts, lists, kwargs)
 
 
@@ -219,6 +225,28 @@ ragged = [
     C("head_dim_96", head_dim=96, seqlen_q=213, seqlen_kv=345, q_block="random:5", kv_block="random:11"),
     C("head_dim_128", head_dim=128, seqlen_q=213, seqlen_kv=345, q_block="random:5", kv_block="random:11"),
     C("broadcast_lists", batch=2, heads=3, seqlen_q=300, seqlen_kv=300, lists="broadcast"),
+    C("shuffled_queries", batch=2, seqlen_q=333, seqlen_kv=301, q_block=64, kv_block=64, shuffled=True),
+    C(
+        "shuffled_clusters",
+        head_dim=96,
+        seqlen_q=213,
+        seqlen_kv=345,
+        q_block="random:5",
+        kv_block="random:11",
+        lists="broadcast",
+        shuffled=True,
+    ),
+    C(
+        "shuffled_clusters_of_a_slice",
+        head_dim=128,
+        batch=2,
+        seqlen_q=213,
+        seqlen_kv=345,
+        q_block="random:5",
+        kv_block="random:11",
+        layout="sliced",
+        shuffled=True,
+    ),
 ]
 
 regular = [

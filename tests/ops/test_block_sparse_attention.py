@@ -260,6 +260,29 @@ def test_runs_of_rows_may_be_loaded_with_overlaps(backend, dim, monkeypatch):
     assert torch.equal(once, again) and torch.equal(once_lse, again_lse)
 
 
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_an_order_of_queries_is_the_same_as_permuting_them(backend, layout):
+    case = cases.C(
+        "order",
+        batch=2,
+        seqlen_q=300,
+        seqlen_kv=301,
+        q_block="random:5",
+        kv_block=64,
+        layout=layout,
+        shuffled=True,
+    )
+    inputs = cases.make_attention(case, torch.bfloat16)
+    out, lse = run(backend, inputs)
+    assert out.stride() == run(backend, cases.make_attention(case, torch.bfloat16))[0].stride()
+    index = inputs.kwargs.pop("q_index").long()
+    inputs.q = inputs.q.gather(2, index[..., None].expand_as(inputs.q))
+    in_order, lse_in_order = run(backend, inputs)
+    index = index.to(backend.device)
+    assert torch.equal(out.gather(2, index[..., None].expand_as(out)), in_order)
+    assert torch.equal(lse.gather(2, index), lse_in_order)
+
+
 def test_more_key_blocks_than_a_warp_holds_bits(backend):
     case = cases.C("many", seqlen_q=128, seqlen_kv=2300, q_block=64, kv_block=2, density=0.03)
     check(backend, cases.make_attention(case, torch.bfloat16))
@@ -348,6 +371,12 @@ REFUSALS = {
     "offsets_fall": (r"kv_offsets must never fall, got 200 then 100 at position 2", set_("kv_offsets", offsets(0, 200, 100))),
     "offsets_end": (r"kv_offsets must end at the sequence length 256, got 255", set_("kv_offsets", offsets(0, 128, 255))),
     "offsets_dtype": (r"q_offsets must be int32, got int64", set_("q_offsets", offsets(0, 128, 256).long())),
+    "order_length": (r"q_index must have one entry for each of the 256 queries, got \[1, 1, 255\]",
+                     set_("q_index", offsets(*range(255)))),
+    "order_dtype": (r"q_index must be int32, got int64", set_("q_index", offsets(*range(256)).long())),
+    "index_order_high": (r"q_index must be in 0..255, got 256 at position 255", set_("q_index", offsets(*range(255), 256))),
+    "index_order_twice": (r"q_index must be a permutation, got 7 twice in batch 0, head 0",
+                          set_("q_index", offsets(*range(255), 7))),
 }  # fmt: skip
 
 
@@ -424,7 +453,7 @@ def test_refuses_mixed_devices():
 # --- torch.library and torch.compile ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [cases.ragged[0], cases.ragged[4], cases.ragged[7]], ids=str)
+@pytest.mark.parametrize("case", [cases.ragged[0], cases.ragged[4], cases.ragged[7], cases.ragged[-1]], ids=str)
 def test_opcheck(case):
     inputs = cases.make_attention(case, torch.float32)
     torch.library.opcheck(torch.ops.vdit.block_sparse_attention.default, inputs.args, inputs.kwargs)

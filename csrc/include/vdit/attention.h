@@ -13,7 +13,8 @@ namespace vdit {
 //
 // Blocks are uniform (q_block_size, kv_block_size; the last may be ragged) unless offsets are given; with
 // offsets block i covers rows [offsets[i], offsets[i+1]), which may be empty. A query row that keeps no key
-// gets out = 0 and lse = -inf, so that partial results merge.
+// gets out = 0 and lse = -inf, so that partial results merge. With q_index, a permutation, row i of a query
+// block is row q_index[i] of q, out and lse: queries need not lie in the order of their blocks.
 struct BlockSparseAttentionParams {
   void const* q = nullptr;  // [b, h, q, d]
   void const* k = nullptr;  // [b, h, kv, d]
@@ -25,12 +26,13 @@ struct BlockSparseAttentionParams {
   int32_t const* kv_indices = nullptr;     // [b|1, h|1, nq, w]
   int32_t const* q_offsets = nullptr;      // [b|1, h|1, nq+1] or null
   int32_t const* kv_offsets = nullptr;     // [b|1, h|1, nkv+1] or null
+  int32_t const* q_index = nullptr;        // [b|1, h|1, q] or null
 
   Strides3 stride_q, stride_k, stride_v, stride_out;
   Strides2 stride_lse;         // rows are contiguous
   Strides3 stride_num_blocks;  // .s is the stride over query blocks
   Strides3 stride_indices;     // .s likewise; the list itself is contiguous
-  Strides2 stride_q_offsets, stride_kv_offsets;
+  Strides2 stride_q_offsets, stride_kv_offsets, stride_q_index;
 
   int64_t batch = 0, heads = 0, seqlen_q = 0, seqlen_kv = 0;
   int64_t num_q_blocks = 0, num_kv_blocks = 0;

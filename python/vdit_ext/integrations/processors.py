@@ -19,7 +19,6 @@ from ..ops.attention import (
     HEAD_DIMS_CUDA,
     block_sparse_attention_naive,
     permute_rows_naive,
-    unpermute_rows_naive,
 )
 from ..sparse.plan import BlockPlan, SparseMethod, TokenLayout
 
@@ -90,8 +89,6 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attend_naive(plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention under a plan by the ops' definitions, ``[B, H, S, D]`` in, out; any dtype and head size."""
-    if plan.q_index is not None:
-        q = permute_rows_naive(q, plan.q_index)
     if plan.kv_index is not None:
         k, v = permute_rows_naive(k, plan.kv_index), permute_rows_naive(v, plan.kv_index)
     out, _ = block_sparse_attention_naive(
@@ -102,10 +99,11 @@ def attend_naive(plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         plan.kv_indices,
         q_offsets=plan.q_offsets,
         kv_offsets=plan.kv_offsets,
+        q_index=plan.q_index,
         q_block_size=plan.q_block_size,
         kv_block_size=plan.kv_block_size,
     )
-    return out if plan.q_index is None else unpermute_rows_naive(out, plan.q_index)
+    return out
 
 
 class SparseProcessor:

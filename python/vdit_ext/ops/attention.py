@@ -100,6 +100,7 @@ def block_sparse_attention(
     *,
     q_offsets: Tensor | None = None,
     kv_offsets: Tensor | None = None,
+    q_index: Tensor | None = None,
     q_block_size: int = 128,
     kv_block_size: int = 128,
     scale: float | None = None,
@@ -115,6 +116,10 @@ def block_sparse_attention(
             ``BlockMask``. Entries past the count are ignored. A block listed twice counts twice.
         q_offsets, kv_offsets: int32 ``[B|1, H|1, n+1]``; block i is rows ``[offsets[i], offsets[i+1])`` and
             may be empty. They start at 0, never fall, and end at S. None means uniform blocks.
+        q_index: int32 ``[B|1, H|1, Sq]``, a permutation: row i in the order of the blocks is row ``q_index[i]`` of
+            q, and so it is of the results. None means that queries lie in that order. It spares permuting q and
+            putting the results back; k and v, of which every row is read many times, are permuted beforehand
+            (:func:`permute_rows`).
         q_block_size, kv_block_size: uniform block sizes; the last block may be ragged. Unused with offsets.
         scale: factor on the logits, by default ``D ** -0.5``.
 
@@ -125,13 +130,14 @@ def block_sparse_attention(
 
     Raises:
         RuntimeError: one sentence, for another head size or dtype than the device has, rows that are not
-            aligned to 16 bytes (CUDA), block sizes below 1; counts above W, indices that name no block, and
-            offsets that do not start at 0, fall, or do not end at S (module docstring: on CUDA on request).
+            aligned to 16 bytes (CUDA), block sizes below 1; counts above W, indices that name no block, a
+            ``q_index`` that is no permutation, and offsets that do not start at 0, fall, or do not end at S
+            (module docstring: on CUDA on request).
 
     Unchecked on CUDA: a query block with a count or an index out of range gives NaN in ``out`` and ``lse``;
     ``q_offsets`` that end early leave rows that no block covers, which give 0 and ``-inf`` as rows without keys
-    do; with ones that start late or fall, the rows concerned hold anything. Of ``kv_offsets`` a block is what
-    lies inside the sequence, and empty where they fall.
+    do; with ones that start late or fall, the rows concerned hold anything, and so do rows that ``q_index`` does
+    not name or names twice. Of ``kv_offsets`` a block is what lies inside the sequence, and empty where they fall.
 
     NaN and Inf in a query row stay in that row; in a key or value row they reach only the query rows whose
     list holds its block.
@@ -144,6 +150,7 @@ def block_sparse_attention(
         kv_indices,
         q_offsets=q_offsets,
         kv_offsets=kv_offsets,
+        q_index=q_index,
         q_block_size=q_block_size,
         kv_block_size=kv_block_size,
         scale=scale,
@@ -168,6 +175,7 @@ def _(
     *,
     q_offsets=None,
     kv_offsets=None,
+    q_index=None,
     q_block_size=128,
     kv_block_size=128,
     scale=None,
@@ -181,6 +189,7 @@ def _(
         kv_indices=kv_indices,
         q_offsets=q_offsets,
         kv_offsets=kv_offsets,
+        q_index=q_index,
     )
     return empty_like_query(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -202,6 +211,7 @@ def block_sparse_attention_naive(
     *,
     q_offsets: Tensor | None = None,
     kv_offsets: Tensor | None = None,
+    q_index: Tensor | None = None,
     q_block_size: int = 128,
     kv_block_size: int = 128,
     scale: float | None = None,
@@ -213,6 +223,8 @@ def block_sparse_attention_naive(
     lse = torch.full((batch, heads, seqlen_q), -torch.inf, dtype=torch.float64, device=q.device)
     counts = kv_num_blocks.expand(batch, heads, -1)
     lists = kv_indices.expand(batch, heads, -1, -1)
+    order = torch.arange(seqlen_q, device=q.device) if q_index is None else q_index.long()
+    order = order.expand(batch, heads, -1)
     for b in range(batch):
         for h in range(heads):
             q_bounds = block_bounds(q_offsets, q_block_size, seqlen_q, b, h)
@@ -222,14 +234,15 @@ def block_sparse_attention_naive(
                 rows = [r for j in chosen for r in range(*kv_bounds[j])]
                 if not rows or start == end:
                     continue
-                scores = q[b, h, start:end].double() @ k[b, h, rows].double().T * scale
+                queries = order[b, h, start:end]
+                scores = q[b, h, queries].double() @ k[b, h, rows].double().T * scale
                 row_lse = torch.logsumexp(scores, dim=-1)
                 # A row whose every score is -inf sees nothing, as if its list were empty.
                 weights = torch.exp(scores - torch.where(row_lse == -torch.inf, 0.0, row_lse)[:, None])
                 seen = (row_lse != -torch.inf)[:, None]
                 mixed = weights @ v[b, h, rows].double()
-                out[b, h, start:end] = torch.where(seen, mixed, 0.0)
-                lse[b, h, start:end] = row_lse
+                out[b, h, queries] = torch.where(seen, mixed, 0.0)
+                lse[b, h, queries] = row_lse
     return out.to(q.dtype), lse.float()
 
 

@@ -160,13 +160,11 @@ class BlockPlan:
 
         Args:
             q: ``[B, H, Sq, D]``; k, v: ``[B, H, Skv, D]``.
-            return_lse: False spares putting ``lse`` into that order, for callers who do not merge results.
+            return_lse: False for callers who do not merge results.
 
         Returns:
             ``out`` ``[B, H, Sq, D]`` and ``lse`` fp32 ``[B, H, Sq]``; ``out`` alone without ``return_lse``.
         """
-        if self.q_index is not None:
-            q = ops.permute_rows(q, self.q_index)
         if self.kv_index is not None:
             k, v = ops.permute_rows(k, self.kv_index), ops.permute_rows(v, self.kv_index)
         out, lse = ops.block_sparse_attention(
@@ -177,17 +175,12 @@ class BlockPlan:
             self.kv_indices,
             q_offsets=self.q_offsets,
             kv_offsets=self.kv_offsets,
+            q_index=self.q_index,
             q_block_size=self.q_block_size,
             kv_block_size=self.kv_block_size,
             scale=scale,
         )
-        if self.q_index is not None:
-            out = ops.unpermute_rows(out, self.q_index)
-        if not return_lse:
-            return out
-        if self.q_index is not None:
-            lse = ops.unpermute_rows(lse[..., None], self.q_index)[..., 0]
-        return out, lse
+        return (out, lse) if return_lse else out
 
     def block_sizes(self, seqlen_q: int, seqlen_kv: int) -> tuple[Tensor, Tensor]:
         """Sizes in tokens of the query and key blocks, int64 ``[B|1, H|1, n]`` each."""
