@@ -656,9 +656,9 @@ inline void rotate_row(NormRopeRow& t, bool interleaved, int head_dim) {
     std::memcpy(t.partner + half, t.x, sizeof(float) * half);
   }
   for (int d = 0; d < head_dim; d += kLanes) {
-    Vec const x = Simd::load(t.x + d), partner = interleaved ? Simd::swap_pairs(x) : Simd::load(t.partner + d);
-    Simd::store(t.x + d,
-                Simd::fma(x, Simd::load(t.cos + d), Simd::mul(partner, Simd::load(t.sin + d))));
+    Vec const x = Simd::load(t.x + d),
+              partner = interleaved ? Simd::swap_pairs(x) : Simd::load(t.partner + d);
+    Simd::store(t.x + d, Simd::fma(x, Simd::load(t.cos + d), Simd::mul(partner, Simd::load(t.sin + d))));
   }
 }
 
@@ -708,6 +708,6 @@ void norm_rope(RmsNormRopeParams const& p, int32_t const* inverse, CpuItem const
 }  // namespace vdit
 
 // The table of this unit.
-#define VDIT_ATTENTION_CPU_KERNELS                                            \
-  {vdit::Simd::kName, sizeof(vdit::Scratch), vdit::attend,      vdit::assign, \
+#define VDIT_ATTENTION_CPU_KERNELS                                             \
+  {vdit::Simd::kName, sizeof(vdit::Scratch), vdit::attend,       vdit::assign, \
    vdit::merge,       vdit::mean_pool,       vdit::segment_mean, vdit::norm_rope}

@@ -3,13 +3,14 @@
 // Bound by memory, so a thread block takes one token with all its heads:
 //   - x is read once and the result written once, 4 bytes an element together for fp16 and bf16, 8 for fp32;
 //     the mean of squares over all heads is taken from the registers that hold the token,
-//   - a row of the tables is read once for all heads: with fp32 tables of width D, 8 bytes a channel and token,
+//   - a row of the tables is read once for all heads: with fp32 tables of width D, 8 bytes a channel and
+//   token,
 //     which is 5 % of the traffic for 40 heads of bf16 (2.5 % with tables of width D/2),
 //   - the weight comes from L1 and L2.
-// An index that all heads share is followed on the way in. With an index per head, tokens are still read in the
-// order of x, and each head's row goes where the inverse of its index says. Gathered instead, a row of D = 128 in
-// bf16 (256 bytes read, 256 written) would pull 1 KB of tables, and the norm over all heads would need a pass of
-// its own, 2 bytes an element. The inverse costs 8 bytes a row of writing and reading.
+// An index that all heads share is followed on the way in. With an index per head, tokens are still read in
+// the order of x, and each head's row goes where the inverse of its index says. Gathered instead, a row of D
+// = 128 in bf16 (256 bytes read, 256 written) would pull 1 KB of tables, and the norm over all heads would
+// need a pass of its own, 2 bytes an element. The inverse costs 8 bytes a row of writing and reading.
 #pragma once
 #include "attention/kernel_util.cuh"
 #include "vdit/attention.h"
@@ -89,17 +90,17 @@ VDIT_DEVICE void store_quad(T* p, float const* v) {
   }
 }
 
-// A thread holds eight channels of a head in two quads: neighbours where pairs are neighbours, else one quad from
-// either half of the head. Either way it holds four whole pairs.
+// A thread holds eight channels of a head in two quads: neighbours where pairs are neighbours, else one quad
+// from either half of the head. Either way it holds four whole pairs.
 template <class T, bool kInterleaved, bool kWide>
 struct RmsNormRopeKernel {
   using Params = RmsNormRopeLaunch;
   static constexpr int kThreads = 128;
   static constexpr int kMinBlocks = kWide ? 5 : 4;  // as many as spill no register
   static constexpr int kSmemBytes = kThreads / 32 * static_cast<int>(sizeof(float));
-  // Octets a thread keeps between the norm over all heads and the rest: 64 heads of D = 128 in fp16 and bf16, 32 in
-  // fp32. What lies past them is read again, from L1 or L2.
-  static constexpr int kHeld = 16 / static_cast<int>(sizeof(T));
+  // Octets a thread keeps between the norm over all heads and the rest: 48 heads of D = 128 in fp16 and bf16,
+  // 24 in fp32. What lies past them is read again, from L1 or L2. Eight spilled a register on 9.0.
+  static constexpr int kHeld = 12 / static_cast<int>(sizeof(T));
   static constexpr int kWords = 2 * static_cast<int>(sizeof(T));
   // First and second channel of pair i among the eight.
   VDIT_DEVICE static constexpr int first_of(int i) { return kInterleaved ? 2 * i : i; }

@@ -1,13 +1,12 @@
-// Launcher of kernel_sm80_rope.cuh: element type, form of the pairs, and 16-byte vectors wherever addresses allow.
+// Launcher of kernel_sm80_rope.cuh: element type, form of the pairs, and 16-byte vectors wherever addresses
+// allow.
 #include "attention/kernel_sm80_rope.cuh"
 #include "attention/launch_util.cuh"
 
 namespace vdit {
 namespace {
 
-bool index_differs_by_head(RmsNormRopeParams const& p) {
-  return p.index != nullptr && p.stride_index.h != 0;
-}
+bool index_differs_by_head(RmsNormRopeParams const& p) { return p.index != nullptr && p.stride_index.h != 0; }
 
 bool index_differs_by_batch(RmsNormRopeParams const& p) { return p.stride_index.b != 0; }
 
@@ -26,8 +25,9 @@ bool rows_are_wide(RmsNormRopeParams const& p) {
     int64_t const unit = p.rope_dtype == DType::kFloat32 ? 4 : sizeof(T);
     return all_multiples(16, {table}, unit, {s.b, s.h, s.s, p.rope_width});
   };
-  return all_multiples(16, {p.x, p.out, p.weight}, sizeof(T),
-                       {p.stride_x.b, p.stride_x.h, p.stride_x.s, p.stride_out.b, p.stride_out.h, p.stride_out.s}) &&
+  return all_multiples(
+             16, {p.x, p.out, p.weight}, sizeof(T),
+             {p.stride_x.b, p.stride_x.h, p.stride_x.s, p.stride_out.b, p.stride_out.h, p.stride_out.s}) &&
          (p.cos == nullptr || (table_is(p.cos, p.stride_cos) && table_is(p.sin, p.stride_sin)));
 }
 
@@ -43,7 +43,8 @@ void run_form(RmsNormRopeLaunch const& p, void* stream) {
 
 int64_t rms_norm_rope_workspace_bytes(RmsNormRopeParams const& p) {
   if (!index_differs_by_head(p)) return 0;
-  return (index_differs_by_batch(p) ? p.batch : 1) * p.heads * p.seqlen * static_cast<int64_t>(sizeof(int32_t));
+  return (index_differs_by_batch(p) ? p.batch : 1) * p.heads * p.seqlen *
+         static_cast<int64_t>(sizeof(int32_t));
 }
 
 void run_rms_norm_rope_sm80(RmsNormRopeParams const& given, void* workspace, void* stream) {
