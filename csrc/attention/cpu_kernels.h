@@ -25,8 +25,7 @@ struct AttentionCpuKernels {
   void (*merge)(MergeAttentionParams const& p, CpuItem const& item);
   void (*mean_pool)(MeanPoolBlocksParams const& p, CpuItem const& item);  // item.block
   void (*segment_mean)(SegmentMeanParams const& p, CpuItem const& item);  // item.block
-  // Rows of x in its order, all heads; `inverse` [b|1, h, s] where there is an index per head. The weight is
-  // fp32.
+  // Tokens [row, row + rows), all heads. `inverse` [b|1, h, s] of an index per head, else null; fp32 weight.
   void (*norm_rope)(RmsNormRopeParams const& p, int32_t const* inverse, CpuItem const& item);
 };
 

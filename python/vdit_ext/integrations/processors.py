@@ -93,8 +93,8 @@ def can_norm_and_rotate(
 ) -> bool:
     """Whether :func:`norm_and_rotate` stands for ``rotate_pairs(norm(x))`` on ``x [B, S, H * D]``.
 
-    It does for torch's own RMSNorm over all heads, which nothing hooks into, quantizes or trains, and for tables
-    in the form that ``WanRotaryPosEmbed`` gives.
+    It does for torch's own RMSNorm over all heads, which nothing hooks into, quantizes or trains, and for
+    tables in the form that ``WanRotaryPosEmbed`` gives.
     """
     weight = norm.weight
     plain = (
@@ -288,8 +288,8 @@ class WanSelfAttentionProcessor(SparseProcessor):
     """Self-attention of ``WanAttention``: norm over all heads, rotary pairs, video tokens only.
 
     Calls that the sparse kernels serve norm and rotate q and k in one pass (``ops.rms_norm_rope``), wherever
-    :func:`can_norm_and_rotate` says that it stands for what upstream does; q and k then differ by rounding, being
-    rounded once. All other calls, dense ones among them, norm and rotate as upstream does, bit for bit.
+    :func:`can_norm_and_rotate` says that it stands for what upstream does; q and k then differ by rounding, as
+    they are rounded once. All other calls, dense ones among them, do what upstream does, bit for bit.
     """
 
     def __call__(

@@ -656,7 +656,7 @@ def rms_norm_rope(
         x: ``[B, H, S, D]`` fp32, fp16 or bf16, D a multiple of 8 up to 256.
         weight: ``[D]``, or ``[H * D]`` for one of its own in each head, fp32 or dtype of x; None means all 1.
         cos, sin: ``[B|1, H|1, R, D]``, or ``[B|1, H|1, R, D/2]`` with one value a pair, fp32 or dtype of x.
-            Row r turns token ``rope_start + r``; other tokens, such as text, are not rotated. None: no rotation.
+            Row r turns token ``rope_start + r``; other tokens, such as text, stay. None: no rotation.
         index: int32 ``[B|1, H|1, S]``, a permutation of ``[0, S)``, or None for the order of x.
         across_heads: the mean is over all heads of a token (Wan) instead of over one (HunyuanVideo).
         interleaved: pairs are neighbours ``(2i, 2i + 1)`` (Wan, HunyuanVideo, CogVideoX, LTX) instead of
@@ -672,8 +672,8 @@ def rms_norm_rope(
     Raises:
         RuntimeError: one sentence, for another D, a weight, tables or an index that do not fit, one table
             alone, a weight without a norm, a negative ``eps``, and an index that is no permutation (module
-            docstring: on CUDA on request; unchecked, a token that no entry names is dropped, and a row that then
-            gets none holds anything).
+            docstring: on CUDA on request; unchecked, a token that no entry names is dropped, and a row that
+            then gets none holds anything).
 
     NaN and Inf in a row stay in that row, and with ``across_heads`` in the rows of that token.
 
