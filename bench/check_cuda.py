@@ -14,6 +14,8 @@ import importlib
 import importlib.util
 import json
 import queue
+import random
+import re
 import subprocess
 import sys
 import threading
@@ -32,16 +34,20 @@ FAMILIES = ("attention",)  # each has bench/check_<family>.py with OPS, Backend 
 
 
 def worker(args: argparse.Namespace) -> int:
-    """Run the cases from number ``skip`` on, and print a JSON line before and after each."""
+    """Run the cases from number ``skip`` on, and print a JSON line before and after each.
+
+    Returns 4 when a case failed, 3 when the device does not work any more.
+    """
     import torch
     from harness import poisoned, short
 
     checks = importlib.import_module(f"check_{args.family}")
     backend = checks.Backend(args.backend)
     wanted = args.op.split(",") if args.op else checks.OPS
-    cases = ((op, *case) for op in wanted for case in checks.named_cases(op, args.large, backend))
+    cases = ((op, *case) for op in wanted for case in selected(checks, op, args, backend))
     with poisoned():
         pass  # its first use imports much, which is not the first case's time
+    faults = 0
     for number, (op, name, run) in enumerate(cases):
         if number < args.skip:
             continue
@@ -62,10 +68,26 @@ def worker(args: argparse.Namespace) -> int:
             "seconds": time.perf_counter() - started,
         }
         print(json.dumps(line), flush=True)
+        faults += bool(fault)
         if fault and not backend.alive():
             return 3  # the error sticks to the process: what follows would fail because of it
     print(json.dumps({"done": True}), flush=True)
-    return 0
+    return 4 if faults else 0
+
+
+def selected(checks, op: str, args: argparse.Namespace, backend) -> Iterator[tuple]:
+    """An op's cases that match ``--select``; with ``--per-op``, so many, drawn the same way every time.
+
+    Not every n-th: dtypes and head sizes alternate in the lists.
+    """
+    chosen = re.compile(args.select)
+    cases = (case for case in checks.named_cases(op, args.large, backend) if chosen.search(f"{op} {case[0]}"))
+    if not args.per_op:
+        yield from cases
+        return
+    cases = list(cases)
+    drawn = random.Random(0).sample(range(len(cases)), min(args.per_op, len(cases)))
+    yield from (cases[i] for i in sorted(drawn))
 
 
 def watch(args: argparse.Namespace, family: str, deadline: float) -> Iterator[dict]:
@@ -81,7 +103,9 @@ def watch(args: argparse.Namespace, family: str, deadline: float) -> Iterator[di
             "--op",
             args.op,
         ]
-        command += ["--backend", args.backend, "--skip", str(skip)] + (["--large"] if args.large else [])
+        command += ["--backend", args.backend, "--select", args.select, "--per-op", str(args.per_op)]
+        command += ["--skip", str(skip)]
+        command += ["--large"] if args.large else []
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_pump, args=(process.stdout, lines), daemon=True).start()
@@ -145,6 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", choices=("cuda", "emu", "cpu"), default="cuda")
     parser.add_argument("--family", default="", help="one family; default: all")
     parser.add_argument("--op", default="", help="comma-separated ops; default: all")
+    parser.add_argument("--select", default="", help="regular expression on '<op> <case>'")
+    parser.add_argument("--per-op", type=int, default=0, help="so many cases of each op; 0: all")
     parser.add_argument("--large", action="store_true", help="also more than 2^31 elements (tens of GB)")
     parser.add_argument("--seconds", type=float, default=600.0, help="for everything")
     parser.add_argument("--case-seconds", type=float, default=60.0, help="after this a case counts as hung")

@@ -1,26 +1,36 @@
 #!/usr/bin/env bash
 # Everything that a GPU is needed for, within ten minutes: build, check every CUDA kernel, time, summarise.
 #
-#   bench/gpu.sh [--dry-run] [--libraries DIR] [--wheels DIR] [--arch ARCH] [--seconds N] [--out DIR]
+#   bench/gpu.sh [--dry-run] [--only LIST] [--libraries DIR] [--wheels DIR] [--fa3 DIR] [--arch ARCH]
+#                [--seconds N] [--out DIR]
 #
+#   --only LIST      comma-separated parts, in this order: check, figures, resources, layer, sanitizer, timings,
+#                    counters. Default: all of them, as far as the time goes; three calls do them in full:
+#                      --only check,figures,resources    --only layer,sanitizer    --only timings,counters
 #   --libraries DIR  op libraries that are built already (libvdit_cpu.so and the rest); skips the build.
 #                    VDIT_LIBRARY_DIR in the environment means the same.
-#   --wheels DIR     wheels of pybind11 and nvidia-cutlass for the build, where they are not installed.
+#   --wheels DIR     wheels to unpack beside the build: pybind11 and nvidia-cutlass for it, diffusers for the layer,
+#                    peers (bench/README.md names them).
+#   --fa3 DIR        FlashAttention-3 as a peer: what build_fa3.sh built, or a checkout of flash-attention for it.
 #   --arch ARCH      CUDA architecture to build for (default: that of the first GPU).
 #   --seconds N      time for everything (default 570).
 #   --out DIR        where logs and results go (default: $OUT, else bench/results).
 #
 # Nothing is downloaded. Every stage runs under a timeout, a failed stage does not stop the next one (but for a
-# library that does not load), and the last lines are the summary. Needs: torch with CUDA; for the build also nvcc, cmake, g++.
+# library that does not load), and the last lines are the summary, the table of figures last. A stage whose tool is
+# missing or not permitted is skipped with the reason. Needs: torch with CUDA; for the build also nvcc, cmake, g++.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-dry_run=0 libraries=${VDIT_LIBRARY_DIR:-} wheels= arch= total=570 out=${OUT:-bench/results}
+PARTS=check,figures,resources,layer,sanitizer,timings,counters
+dry_run=0 only=$PARTS libraries=${VDIT_LIBRARY_DIR:-} wheels= fa3= arch= total=570 out=${OUT:-bench/results}
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) dry_run=1 ;;
+    --only) only=$2; shift ;;
     --libraries) libraries=$2; shift ;;
     --wheels) wheels=$2; shift ;;
+    --fa3) fa3=$2; shift ;;
     --arch) arch=$2; shift ;;
     --seconds) total=$2; shift ;;
     --out) out=$2; shift ;;
@@ -29,16 +39,24 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+for part in ${only//,/ }; do
+  case ",$PARTS," in
+    *",$part,"*) ;;
+    *) echo "gpu.sh: --only takes parts among $PARTS, got $part" >&2; exit 2 ;;
+  esac
+done
 
 python=${PYTHON:-python3}
-work=${VDIT_GPU_BUILD_DIR:-build/gpu}
+work=$(realpath -m "${VDIT_GPU_BUILD_DIR:-build/gpu}")
 begun=$SECONDS
 stages=() states=() taken=()
 # A folder named absolutely stays valid whatever a stage does.
 [ -n "$libraries" ] && libraries=$(realpath -m "$libraries")
 [ -n "$wheels" ] && wheels=$(realpath -m "$wheels")
+[ -n "$fa3" ] && fa3=$(realpath -m "$fa3")
 out=$(realpath -m "$out")
 [ "$dry_run" = 1 ] || mkdir -p "$out" "$work"
+SKIPPED=77 FINDINGS=9
 
 # stage NAME LIMIT COMMAND...: run under a timeout, log to $out/NAME.log, remember how it ended.
 stage() {
@@ -46,7 +64,7 @@ stage() {
   shift 2
   left=$((total - (SECONDS - begun)))
   if [ "$dry_run" = 1 ]; then
-    printf 'stage %-22s limit %4d s: %s\n' "$name" "$limit" "$*"
+    printf 'stage %-24s limit %4d s: %s%s\n' "$name" "$limit" "${VDIT_ATTENTION_KERNEL:+VDIT_ATTENTION_KERNEL=$VDIT_ATTENTION_KERNEL }" "$*"
     return 0
   fi
   stages+=("$name")
@@ -62,6 +80,8 @@ stage() {
   taken+=($((SECONDS - started)))
   case $status in
     0) states+=("ok") ;;
+    "$SKIPPED") states+=("skipped: $(tail -n 1 "$out/$name.log")") ;;
+    "$FINDINGS") states+=("findings: read $name.log") ;;
     124|137) states+=("stopped after $limit s") ;;
     *) states+=("failed ($status)") ;;
   esac
@@ -69,11 +89,22 @@ stage() {
   return "$status"
 }
 
+# wanted PART: was it asked for, and is there a library to run it with?
+wanted() { [ "$usable" = 1 ] && [[ ",$only," == *",$1,"* ]]; }
+
 environment() {
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.draw,power.limit,memory.total --format=csv || true
   nproc
   "$python" -c 'import sys, torch; print("python", sys.version.split()[0], "torch", torch.__version__, "cuda", torch.version.cuda); print("GPU seen by torch:", torch.cuda.is_available() and torch.cuda.get_device_name())'
-  for tool in nvcc cmake ninja g++; do printf '%s: ' "$tool"; command -v "$tool" || echo missing; done
+  for tool in nvcc cmake ninja g++ cuobjdump compute-sanitizer ncu; do printf '%s: ' "$tool"; command -v "$tool" || echo missing; done
+  for module in diffusers flash_attn flash_attn_interface flash_attn.cute flashinfer block_sparse_attn svg triton; do
+    printf '%s: ' "$module"
+    "$python" -c 'import importlib, sys; importlib.import_module(sys.argv[1]); print("here")' "$module" 2> /dev/null || echo missing
+  done
+}
+
+unpack() {
+  "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$work/site" "$wheels"/*.whl
 }
 
 gpu_arch() {
@@ -87,13 +118,7 @@ gpu_arch() {
 
 build() {
   set -e
-  local generator=() site
-  site=$(realpath -m "$work")/site
-  if [ -n "$wheels" ]; then
-    # Unpacked beside the build: nothing is installed into the machine's Python.
-    "$python" -m pip install --quiet --no-index --no-deps --find-links "$wheels" --target "$site" pybind11 nvidia-cutlass
-    export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
-  fi
+  local generator=()
   command -v ninja > /dev/null && generator=(-G Ninja)
   cmake -S . -B "$work" "${generator[@]}" -DVDIT_CUDA=ON -DVDIT_CUDA_ARCHS="${arch:-$(gpu_arch)}" \
     -DPython_EXECUTABLE="$(command -v "$python")" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)"
@@ -101,76 +126,165 @@ build() {
 }
 
 loads() {
-  "$python" - <<'EOF'
+  "$python" - <<'PROGRAM'
 import importlib.util, sys
 if importlib.util.find_spec("vdit_ext") is None:
     sys.path.insert(0, "python")
 from vdit_ext import ops
 print(ops.LIBRARIES)
 sys.exit(ops.LIBRARIES["cuda"] != "loaded")
-EOF
+PROGRAM
 }
 
-export -f environment build loads gpu_arch
-export python work wheels arch
+# sanitize TOOL: NVIDIA's checker over small cases of every op, in one process and without torch's memory cache,
+# which would hide accesses past the end of a tensor. With the sm90 kernel, attention alone: the rest is the same.
+sanitize() {
+  local tool=$1 filter=() cases=(--per-op 6)
+  [ "${VDIT_ATTENTION_KERNEL:-}" = sm90 ] && cases=(--op block_sparse_attention --per-op 20)
+  echo "compute-sanitizer $tool, attention kernel ${VDIT_ATTENTION_KERNEL:-by default}"
+  if [ "$tool" = racecheck ]; then
+    echo "NOTE: racecheck does not follow raw bulk copies (cp.async.bulk, TMA) that complete on an mbarrier, and"
+    echo "reports hazards between the copy and its readers. Such reports on the sm90 kernel's tiles are known to be"
+    echo "false; they are left in below, and everything else in this log is to be taken seriously."
+  fi
+  if ! command -v compute-sanitizer > /dev/null; then
+    echo "compute-sanitizer is not here"
+    return "$SKIPPED"
+  fi
+  # Our kernels alone: torch's own would take most of the time.
+  compute-sanitizer --help | grep -q -- --kernel-name && filter=(--kernel-name kns=_ZN4vdit)
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode "$FINDINGS" "${filter[@]}" \
+    "$python" bench/check_cuda.py --worker --family attention "${cases[@]}" \
+    --select '^(?!plan |cuda_graph |stream )(?!.*(S=4096|S=4000|=5000|20000|300x1000|two runs))'
+}
 
+# counters: what the profiler says of one call of the attention kernel.
+counters() {
+  local log
+  if ! command -v ncu > /dev/null; then
+    echo "ncu is not here"
+    return "$SKIPPED"
+  fi
+  log=$(mktemp)
+  ncu --clock-control none --kernel-name-base demangled --kernel-name regex:BlockSparseAttentionKernel \
+    --launch-skip 1 --launch-count 1 --section SpeedOfLight --section LaunchStats --section Occupancy \
+    --section ComputeWorkloadAnalysis --section MemoryWorkloadAnalysis --section WarpStateStats \
+    "$python" bench/one_call.py "$@" 2>&1 | tee "$log"
+  local status=${PIPESTATUS[0]}
+  if grep -q 'ERR_NVGPUCTRPERM\|Failed to initialize the profiler' "$log"; then
+    echo "the hardware counters may not be read here"
+    return "$SKIPPED"
+  fi
+  return "$status"
+}
+
+export -f environment unpack build loads gpu_arch sanitize counters
+export python work wheels arch SKIPPED FINDINGS
+
+if [ -n "$wheels" ]; then
+  # Unpacked beside the build: nothing is installed into the machine's Python.
+  stage wheels 60 bash -c unpack
+  export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
+fi
+if [ -n "$fa3" ]; then
+  if [ ! -d "$fa3/flash_attn_3" ]; then
+    stage fa3 240 bash bench/build_fa3.sh "$fa3" "$work/fa3"
+    fa3=$work/fa3
+  fi
+  export PYTHONPATH=$fa3${PYTHONPATH:+:$PYTHONPATH}
+fi
 stage environment 60 bash -c environment
 
 if [ -z "$libraries" ]; then
   stage build 300 bash -c build
-  libraries=$(realpath -m "$work/csrc")
+  libraries=$work/csrc
 fi
 export VDIT_LIBRARY_DIR=$libraries
 # Without the library nothing below can run; what is left is the summary.
 usable=1
 stage loads 60 bash -c loads || usable=0
 
+# Which attention kernels this GPU has; the one for compute capability 9.0 is what the figures are about.
+kernels=(sm80)
+[[ ${arch:-$(gpu_arch)} == 90* ]] && kernels=(sm90 sm80)
+
 # --- correctness: one line a family ---
 CHECKS=(
   "attention"
 )
-for family in "${CHECKS[@]}"; do
-  [ "$usable" = 1 ] || break
-  stage "check_$family" 200 "$python" bench/check_cuda.py --family "$family" --large --seconds 190 --out "$out/check_$family.json"
-done
-
-# The kernels for compute capability 9.0 run on request until they have passed here.
-sm90=0
-if [ "$usable" = 1 ] && [[ ${arch:-$(gpu_arch)} == 90* ]]; then
-  VDIT_ATTENTION_KERNEL=sm90 stage check_attention_sm90 100 "$python" bench/check_cuda.py --family attention \
-    --op block_sparse_attention --seconds 90 --out "$out/check_attention_sm90.json" && sm90=1
+if wanted check; then
+  for family in "${CHECKS[@]}"; do
+    VDIT_ATTENTION_KERNEL=sm80 stage "check_$family" 150 "$python" bench/check_cuda.py --family "$family" --large \
+      --seconds 140 --out "$out/check_$family.json"
+  done
+  if [ "${kernels[0]}" = sm90 ]; then
+    VDIT_ATTENTION_KERNEL=sm90 stage check_attention_sm90 90 "$python" bench/check_cuda.py --family attention --large \
+      --op block_sparse_attention,plan,cuda_graph,stream --seconds 80 --out "$out/check_attention_sm90.json"
+  fi
 fi
 
-# --- timings: "name limit arguments of bench/run.py" ---
+date=$(date -u +%Y-%m-%d)
+
+# --- the figures: the first kernel with every peer there is, the other with dense peers alone ---
+if wanted figures; then
+  VDIT_ATTENTION_KERNEL=${kernels[0]} stage "figures-${kernels[0]}" 240 "$python" bench/run.py hopper --device cuda \
+    --seconds 10 --min-rounds 3 --flex-seconds 90 --budget 200 --out "$out" --name "${date}_gpu_figures-${kernels[0]}"
+  if [ "${#kernels[@]}" = 2 ]; then
+    VDIT_ATTENTION_KERNEL=${kernels[1]} stage "figures-${kernels[1]}" 90 "$python" bench/run.py hopper --device cuda \
+      --peers dense --no-flex --select 'rho1$|rho0.2$|rho0.25$|rho0.3$' --seconds 6 --min-rounds 3 --budget 75 \
+      --out "$out" --name "${date}_gpu_figures-${kernels[1]}"
+  fi
+fi
+
+# --- what the compiler made of each kernel ---
+if wanted resources; then
+  stage resources 60 "$python" bench/kernel_resources.py "$libraries/libvdit_kernels_cuda.so" --markdown "$out/${date}_kernels.md"
+fi
+
+# --- whole transformer layers ---
+if wanted layer; then
+  VDIT_ATTENTION_KERNEL=${kernels[0]} stage layer 120 "$python" bench/run.py layer --device cuda \
+    --shape wan14b,hunyuan,cogvideox --seconds 8 --min-rounds 3 --budget 100 --out "$out" --name "${date}_gpu_layer"
+fi
+
+# --- NVIDIA's checkers ---
+if wanted sanitizer; then
+  for tool in memcheck synccheck racecheck; do
+    for kernel in "${kernels[@]}"; do
+      VDIT_ATTENTION_KERNEL=$kernel stage "sanitizer_${tool}_$kernel" 80 bash -c "sanitize $tool"
+    done
+  done
+fi
+
+# --- other timings: "name limit arguments of bench/run.py" ---
 TIMINGS=(
   "attention-moderate 100 attention --ops block_sparse_attention --seqlen 8192 --heads 8 --seconds 3 --flex-seconds 30"
-  "attention-hunyuan 100 attention --ops block_sparse_attention --shape hunyuan --seconds 12 --min-rounds 3"
-  "attention-wan14b 75 attention --ops block_sparse_attention --shape wan14b --seconds 8 --min-rounds 3"
-  "attention-cogvideox 60 attention --ops block_sparse_attention --shape cogvideox --seconds 5 --min-rounds 3"
-  "planner-hunyuan 60 attention --ops merge_attention,permute_rows,unpermute_rows,mean_pool_blocks,kmeans_assign,label_sort,segment_mean,topk_blocks,topp_blocks --shape hunyuan --seconds 4"
+  "planner-hunyuan 60 attention --ops planner --shape hunyuan --seconds 4"
+  "planner-wan14b 60 attention --ops planner --shape wan14b --seconds 4"
+  "planner-cogvideox 60 attention --ops planner --shape cogvideox --seconds 4"
   "svg2-hunyuan 60 attention --ops svg2 --shape hunyuan --seconds 5 --min-rounds 3"
 )
-date=$(date -u +%Y-%m-%d)
-for line in "${TIMINGS[@]}"; do
-  [ "$usable" = 1 ] || break
-  read -r name limit arguments <<< "$line"
-  # shellcheck disable=SC2086  # the arguments are words
-  stage "$name" "$limit" "$python" bench/run.py $arguments --device cuda --out "$out" --name "${date}_gpu_$name"
-done
-if [ "$sm90" = 1 ]; then
-  export VDIT_ATTENTION_KERNEL=sm90
-  for line in "${TIMINGS[@]:0:3}"; do  # attention alone
+if wanted timings; then
+  for line in "${TIMINGS[@]}"; do
     read -r name limit arguments <<< "$line"
-    # shellcheck disable=SC2086
-    stage "$name-sm90" "$limit" "$python" bench/run.py $arguments --device cuda --out "$out" --name "${date}_gpu_$name-sm90"
+    # shellcheck disable=SC2086  # the arguments are words
+    VDIT_ATTENTION_KERNEL=${kernels[0]} stage "$name" "$limit" "$python" bench/run.py $arguments --device cuda \
+      --out "$out" --name "${date}_gpu_$name"
+  done
+fi
+
+# --- hardware counters ---
+if wanted counters; then
+  for kernel in "${kernels[@]}"; do
+    VDIT_ATTENTION_KERNEL=$kernel stage "counters_$kernel" 60 bash -c "counters --shape hunyuan --kind b128 --density 0.1 --heads 2"
   done
 fi
 [ "$dry_run" = 1 ] && exit 0
 
 summary() {
   printf '\n== summary (%d s)\n' $((SECONDS - begun))
-  for i in "${!stages[@]}"; do printf '%-22s %5d s  %s\n' "${stages[$i]}" "${taken[$i]}" "${states[$i]}"; done
+  for i in "${!stages[@]}"; do printf '%-24s %5d s  %s\n' "${stages[$i]}" "${taken[$i]}" "${states[$i]}"; done
   "$python" bench/summary.py "$out"
 }
 summary 2>&1 | tee "$out/summary.txt"
-for state in "${states[@]}"; do [ "$state" = ok ] || exit 1; done
+for state in "${states[@]}"; do [[ $state == ok || $state == skipped:* ]] || exit 1; done

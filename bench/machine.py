@@ -71,7 +71,8 @@ def versions() -> dict[str, str]:
     if torch.version.cuda:
         found["cuda of torch"] = torch.version.cuda
         found["cudnn"] = str(torch.backends.cudnn.version())
-    for package in ("vdit-ext", "triton", "flash-attn", "flashinfer-python", "block-sparse-attn", "numpy"):
+    peers = ("flash-attn", "flash-attn-3", "flash-attn-4", "flashinfer-python", "block-sparse-attn", "svg")
+    for package in ("vdit-ext", "triton", *peers, "diffusers", "numpy"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -127,10 +127,25 @@ def markdown(result: dict) -> str:
         "work on the machine moves less.",
         "",
     ]
-    lines += ["| " + " | ".join(head) + " |", "|" + "|".join("---" for _ in head) + "|"]
-    lines += ["| " + " | ".join(cells) + " |" for cells in body]
+    for table in result.get("tables", []):
+        lines += [f"## {table['title']}", "", table["note"], "", *_markdown(table["head"], table["cells"])]
+        lines += ["", table["last"], ""] if table["last"] else [""]
+    lines += _markdown(head, body)
     lines += ["", *[f"- {line}" for line in notes(result)]]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown(head: list[str], body: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *body]]
+
+
+def table_lines(result: dict) -> list[str]:
+    """The tables that a family makes of its rows, aligned; last, because a log is read from its end."""
+    lines: list[str] = []
+    for table in result.get("tables", []):
+        lines += ["", table["title"], *_aligned(table["head"], table["cells"])]
+        lines += [table["last"]] if table["last"] else []
+    return lines
 
 
 def show(result: dict, *, stream=None) -> None:
@@ -149,7 +164,7 @@ def show(result: dict, *, stream=None) -> None:
         for cells in body:
             table.add_row(*(_coloured(cell) for cell in cells))
         Console(file=stream, width=None if stream.isatty() else 200).print(table)
-    for line in head_lines(result) + notes(result):
+    for line in [*head_lines(result), *notes(result), *table_lines(result)]:
         print(line, file=stream)
 
 
@@ -160,11 +175,16 @@ def _coloured(cell: str) -> str:
 
 
 def _plain(head: list[str], body: list[list[str]], stream) -> None:
+    for line in _aligned(head, body):
+        print(line, file=stream)
+
+
+def _aligned(head: list[str], body: list[list[str]]) -> list[str]:
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    for line in [head, *body]:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip(), file=stream
-        )
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in [head, *body]
+    ]
 
 
 def write(result: dict, folder: Path, name: str) -> tuple[Path, Path]:

@@ -28,7 +28,7 @@ from harness import Settings, measure, short  # noqa: E402
 from machine import Ceilings, facts, libraries, load_average, slug  # noqa: E402
 from report import show, write  # noqa: E402
 
-FAMILIES = ("attention",)
+FAMILIES = ("attention", "hopper", "layer")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -38,9 +38,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         family = families.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         family.add_argument(
             "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where usable"
-        )
-        family.add_argument(
-            "--figures", action="store_true", help="the promised CPU figures against their targets"
         )
         family.add_argument(
             "--seconds", type=float, default=10.0, help="time for each group, checks not included"
@@ -57,7 +54,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
             "--name", default="", help="name of the result files; default: date, machine, family"
         )
         family.add_argument("--no-files", action="store_true", help="only print")
-        importlib.import_module(f"bench_{name}").add_arguments(family)
+        module = importlib.import_module(f"bench_{name}")
+        if hasattr(module, "apply_figures"):
+            family.add_argument(
+                "--figures", action="store_true", help="the promised CPU figures against their targets"
+            )
+        module.add_arguments(family)
     return parser.parse_args(argv)
 
 
@@ -79,7 +81,8 @@ def run(args: argparse.Namespace, argv: list[str], save: Callable[[dict], None])
     ``save`` gets the result after every group, so that a run that is cut short leaves what it had.
     """
     family = importlib.import_module(f"bench_{args.family}")
-    if args.figures:
+    promised = getattr(args, "figures", False)
+    if promised:
         family.apply_figures(args)
     device = resolve_device(args.device)
     settings = Settings(args.seconds, args.min_rounds, args.max_rounds)
@@ -88,7 +91,7 @@ def run(args: argparse.Namespace, argv: list[str], save: Callable[[dict], None])
     ceilings = Ceilings(device)
     result = {
         "schema": 1,
-        "family": f"{args.family}-figures" if args.figures else args.family,
+        "family": f"{args.family}-figures" if promised else args.family,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": "python bench/run.py " + " ".join(hide_paths(argv)),
         **facts(),
@@ -105,6 +108,8 @@ def run(args: argparse.Namespace, argv: list[str], save: Callable[[dict], None])
         result["seconds"] = time.perf_counter() - begun
         result["load_average"]["end"] = load_average()
         result["ceilings"] = [ceilings.describe()]
+        if hasattr(family, "tables_of"):
+            result["tables"] = family.tables_of(result["rows"])
         save(result)
 
     ceilings.measure(dtypes)

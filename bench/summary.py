@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from report import table_lines
+
 
 def check_lines(folder: Path) -> list[str]:
     """Passed and failed cases of each op, then the first failures."""
@@ -21,11 +23,23 @@ def check_lines(folder: Path) -> list[str]:
     return lines + faults[:12] + ([f"  and {len(faults) - 12} more"] if len(faults) > 12 else [])
 
 
+def sanitizer_lines(folder: Path) -> list[str]:
+    """The last word of each of NVIDIA's checkers."""
+    lines = []
+    for path in sorted(folder.glob("sanitizer_*.log")):
+        words = [line for line in path.read_text(errors="replace").splitlines() if "SUMMARY:" in line]
+        lines += [f"{path.stem:<24} {words[-1].strip('= ')}"] if words else []
+    return lines
+
+
 def timing_lines(folder: Path) -> list[str]:
     """One line for each timed case of a GPU run, with the best peer."""
     lines = []
     for path in sorted(folder.glob("*_gpu_*.json")):
-        for row in json.loads(path.read_text())["rows"]:
+        result = json.loads(path.read_text())
+        if result.get("tables"):
+            continue  # they come last
+        for row in result["rows"]:
             label = f"{row['op'][:22]:<22} {row['case'][:30]:<30}"
             if row["status"] != "timed":
                 lines.append(f"{label} {row['status']}: {row['check']}"[:160])
@@ -38,9 +52,19 @@ def timing_lines(folder: Path) -> list[str]:
     return lines
 
 
+def last_lines(folder: Path) -> list[str]:
+    """The tables of the runs that make one: what a transformer layer takes, and the figures last of all."""
+    lines = []
+    for path in sorted(folder.glob("*_gpu_*.json"), key=lambda path: ("figures" in path.stem, path.stem)):
+        if made := table_lines(json.loads(path.read_text())):
+            lines += ["", f"-- {path.stem}", *made[1:]]
+    return lines
+
+
 def main() -> int:
     folder = Path(sys.argv[1])
-    print("\n".join([*check_lines(folder), *timing_lines(folder)]) or "no results")
+    lines = [*check_lines(folder), *sanitizer_lines(folder), *timing_lines(folder), *last_lines(folder)]
+    print("\n".join(lines) or "no results")
     return 0
 
 

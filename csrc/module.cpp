@@ -39,7 +39,25 @@ py::dict build_info() {
   return info;
 }
 
-py::dict attention_tile(int32_t head_dim, int64_t seqlen_q, int32_t q_block_size, int64_t num_q_clusters) {
+template <class Tile>
+py::dict describe_tile(Tile const& tile, int block_m) {
+  py::dict found;
+  found["block_m"] = block_m;
+  found["block_n"] = tile.block_n;
+  found["stages"] = tile.stages;
+  found["threads"] = tile.threads();
+  found["smem_bytes"] = tile.smem_bytes();
+  found["text"] = tile.to_string();
+  return found;
+}
+
+py::dict attention_tile(int32_t head_dim, int64_t seqlen_q, int32_t q_block_size, int64_t num_q_clusters,
+                        int compute_capability) {
+  if (compute_capability == 90) {
+    vdit::check_cuda_head_dim(head_dim);
+    vdit::AttentionTileSm90 const tile = vdit::attention_tile_sm90(head_dim);
+    return describe_tile(tile, tile.block_m());
+  }
   vdit::BlockSparseAttentionParams p;
   int32_t const offsets = 0;  // only whether there are any matters
   p.head_dim = head_dim;
@@ -48,14 +66,7 @@ py::dict attention_tile(int32_t head_dim, int64_t seqlen_q, int32_t q_block_size
   p.num_q_blocks = num_q_clusters;
   p.q_offsets = num_q_clusters > 0 ? &offsets : nullptr;
   vdit::AttentionTile const tile = vdit::pick_tile(p);
-  py::dict found;
-  found["block_m"] = tile.block_m;
-  found["block_n"] = tile.block_n;
-  found["stages"] = tile.stages;
-  found["threads"] = tile.threads();
-  found["smem_bytes"] = tile.smem_bytes();
-  found["text"] = tile.to_string();
-  return found;
+  return describe_tile(tile, tile.block_m);
 }
 
 }  // namespace
@@ -70,9 +81,10 @@ PYBIND11_MODULE(_C, m) {
         "VDIT_CPU_ISA names one that is unknown or not supported here.");
   m.def(
       "attention_tile", &attention_tile, py::arg("head_dim"), py::arg("seqlen_q"), py::kw_only(),
-      py::arg("q_block_size") = 128, py::arg("num_q_clusters") = 0,
+      py::arg("q_block_size") = 128, py::arg("num_q_clusters") = 0, py::arg("compute_capability") = 80,
       "The tile that block_sparse_attention runs on CUDA for uniform query blocks of q_block_size rows, or, "
       "where num_q_clusters is not 0, for that many of any size: block_m query rows, block_n key rows a "
-      "step, stages, threads, smem_bytes, and text, all of it in words. Raises RuntimeError for a head_dim "
-      "other than 64, 96 or 128.");
+      "step, stages, threads, smem_bytes, and text, all of it in words. compute_capability is that of the "
+      "kernel: "
+      "90, or 80 for any other. Raises RuntimeError for a head_dim other than 64, 96 or 128.");
 }

@@ -74,8 +74,8 @@ def _key(command: list[str], source: Path) -> str:
     """Names a build by all that goes into it: the command, the compiler, the source and our headers."""
     compiler = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
     digest = hashlib.sha256("\0".join([*command, compiler]).encode())
-    for folder in (CSRC / "common", CSRC / "emu", source.parent):
-        for header in sorted(folder.glob("*.h")):
+    for folder in (CSRC / "common", CSRC / "emu", CSRC / "attention", CSRC / "include" / "vdit", source.parent):
+        for header in sorted((*folder.glob("*.h"), *folder.glob("*.cuh"))):
             digest.update(header.read_bytes())
     digest.update(source.read_bytes())
     return digest.hexdigest()[:16]

@@ -1,7 +1,7 @@
 // block_sparse_attention for sm90: the entry.
-#include "attention/kernel_sm90_order.cuh"
 #include "attention/launch_checks.h"
 #include "attention/tile.h"
+#include "attention/workspace_sm90.h"
 
 namespace vdit {
 namespace sm90 {
@@ -34,8 +34,7 @@ bool can_run_block_sparse_attention_sm90(BlockSparseAttentionParams const& p) {
 }
 
 int64_t block_sparse_attention_sm90_workspace_bytes(BlockSparseAttentionParams const& p) {
-  int64_t const items = max_query_tiles(p, attention_tile_sm90(p.head_dim).block_m());
-  return p.batch * p.heads * items * static_cast<int64_t>(sizeof(sm90::WorkItem)) + 16;
+  return sm90::divide_workspace(p, attention_tile_sm90(p.head_dim).block_m(), nullptr).bytes;
 }
 
 void run_block_sparse_attention_sm90(BlockSparseAttentionParams const& p, void* workspace, void* stream) {

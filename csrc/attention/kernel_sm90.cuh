@@ -1,80 +1,179 @@
 // block_sparse_attention on wgmma and TMA, compute capability 9.0.
 //
 // Thread blocks stay, one an SM, and take items (kernel_sm90_order.cuh) until none is left. An item is up to
-// 64 queries for each of the consumer warpgroups, all with one key list. Two warps of a producer warpgroup
-// walk the list, one for the keys and one for the values, and fill a ring of stages; the consumers multiply.
+// 64 queries for each of the consumer warpgroups, all with one key list, or 64 each with a list of their own.
+// Two warps of a producer warpgroup walk the lists, one for the keys and one for the values, and fill a ring
+// of stages; the consumers multiply.
 //
-// The listed key blocks are one stream of rows. A stage is its next kBlockN rows wherever block borders fall,
-// and every row is copied to its place once: a run of n rows goes as one TMA box for each 1 in the binary
-// form of n. That works at any row because TMA swizzles by the address in shared memory, not by the position
-// in the box. So ragged clusters cost no masks (but for the last stage of a list), no padding and no address
-// arithmetic for each row.
+// The listed key blocks are one stream of rows. A stage is its next kBlockN rows wherever block borders fall:
+// a window. A run of n rows goes as one TMA box for each 1 in the binary form of n. That works at any row
+// because TMA swizzles by the address in shared memory, not by the position in the box. So ragged clusters
+// cost no masks (but for the last window of a list), no padding and no address arithmetic for each row.
+// Two lists make three streams: what both hold, for all consumers, and what only the one or the other holds,
+// in turns.
 //
 // While a warpgroup's softmax runs, the products of the other one do, and its own of the step before. Scores,
 // probabilities and outputs stay in registers: fp32, probabilities rounded to T for the second product.
 #pragma once
 #include "attention/kernel_sm90_order.cuh"
+#include "attention/tile.h"
 #include "common/device_sm90.h"
 #include "common/tma.h"
 #include "vdit/attention.h"
 
 namespace vdit::sm90 {
 
-// The listed key blocks as one stream of rows, for one warp. 32 list entries are held at a time, one a lane;
-// positions count from the first row of the window that is filled next.
-struct KeyStream {
-  BlockSparseAttentionParams const& p;
-  int64_t b, h;
-  int32_t q_block;
-  int32_t length = 0, next = 0;  // entries of the list, and the first that is not held yet
-  int32_t begin = 0, end = 0;    // this lane's entry covers these positions
-  int32_t shift = 0;             // source row - position
-  int32_t held = 0;              // positions below this are covered
-  bool bad = false;  // this lane has met an index that names no block, or a length that no list has
-
-  VDIT_DEVICE KeyStream(BlockSparseAttentionParams const& params, int64_t batch, int64_t head, int32_t block)
-      : p(params), b(batch), h(head), q_block(block) {
-    length = list_length(p, b, h, block, bad);
-  }
-
-  // Holds the 32 entries from `next` on.
-  VDIT_DEVICE void hold_entries() {
-    int32_t const at = next + lane_idx();
-    RowSpan span;
-    if (at < length) span = listed_rows(p, b, h, q_block, at, bad);
-    end = held + warp_prefix_sum(span.rows);
-    begin = end - span.rows;
-    shift = span.begin - begin;
-    held = shfl(end, 31);
-    next += 32;
-  }
-
-  // Calls load(position, source row, rows) for the runs that make up the next window of kRows rows, each on
-  // the lane that holds it; returns how many rows there are (fewer only at the end). `last`: nothing follows.
-  template <int kRows, class Load>
-  VDIT_DEVICE int fill(Load const& load, bool& last) {
-    while (true) {
-      int32_t const from = begin > 0 ? begin : 0, to = end < kRows ? end : kRows;
-      if (from < to) load(from, from + shift, to - from);
-      if (held >= kRows || next >= length) break;
-      hold_entries();
-    }
-    int const rows = held < kRows ? held : kRows;
-    last = next >= length && held <= kRows;
-    begin -= kRows, end -= kRows, held -= kRows, shift += kRows;
-    return rows;
-  }
+// How a run of rows is cut into boxes.
+enum class RunBoxes {
+  kBinary,   // one for each 1 in the binary form of the length; every row is loaded once
+  kOverlap,  // the same above 8 rows; one of 8 rows, which ends with the run, for what is left of it
 };
 
-template <class T, int kHeadDim, int kConsumers, int kBlockN>
+// The key rows of an item in the order in which stages hold them, for one warp. 32 blocks of a stream are
+// held at a time, one a lane; positions count from the first row of the window that is filled next.
+class KeyWindows {
+ public:
+  static constexpr int kFirst = 1, kSecond = 2, kBoth = 3;  // bits: the parts of the item that see a window
+
+  // In which part's list a window is, and what follows.
+  struct Window {
+    int rows, parts;
+    bool last;
+  };
+
+  VDIT_DEVICE KeyWindows(BlockSparseAttentionParams const& params, ListBits const& list_bits, int32_t batch,
+                         int32_t head, WorkItem const& item)
+      : p_(params), b_(batch), h_(head), q_block_(item.part[0].q_block) {
+    if (item.part[1].rows == 0) {
+      end_ = list_length(p_, b_, h_, q_block_, bad_);
+      return;
+    }
+    bits_ = list_bits.row(b_, h_, q_block_);
+    other_bits_ = list_bits.row(b_, h_, item.part[1].q_block);
+    end_ = static_cast<int32_t>(p_.num_kv_blocks);
+    now_ = open(kBoth);
+    if (now_.done(end_)) {
+      open_single();
+      if (now_.done(end_)) now_.parts = kBoth;  // two empty lists: one window without rows
+    }
+  }
+
+  // This lane has met an index that names no block, or a length that no list has.
+  VDIT_DEVICE bool bad() const { return bad_; }
+
+  // Calls load(position, source row, rows) for the runs that make up the next window of kRows rows, each on
+  // the lane that holds it.
+  template <int kRows, class Load>
+  VDIT_DEVICE Window fill(Load const& load) {
+    while (true) {
+      int32_t const from = now_.begin > 0 ? now_.begin : 0, to = now_.end < kRows ? now_.end : kRows;
+      if (from < to) load(from, from + now_.shift, to - from);
+      if (now_.held >= kRows || now_.next >= end_) break;
+      hold();
+    }
+    Window window{now_.held < kRows ? now_.held : kRows, now_.parts, false};
+    now_.begin -= kRows, now_.end -= kRows, now_.held -= kRows, now_.shift += kRows;
+    window.last = !turn();
+    return window;
+  }
+
+ private:
+  struct Stream {
+    int32_t begin = 0, end = 0;  // this lane's block covers these positions
+    int32_t shift = 0;           // source row - position
+    int32_t held = 0;            // positions below this are covered
+    int32_t next = 0;            // first entry, or block, that is not held yet
+    uint32_t words = 0;          // this lane's of 32 words of bits, that of block `next` among them
+    int32_t parts = kBoth;
+
+    VDIT_DEVICE bool done(int32_t end_of_list) const { return next >= end_of_list && held <= 0; }
+  };
+
+  // The stream of the blocks that only these parts list.
+  VDIT_DEVICE Stream open(int32_t parts) {
+    Stream stream;
+    stream.parts = parts;
+    skip_zeros(stream);
+    return stream;
+  }
+
+  // What both parts list is through, or nothing.
+  VDIT_DEVICE void open_single() {
+    now_ = open(kFirst);
+    waiting_ = open(kSecond);
+    if (now_.done(end_)) now_ = waiting_, waiting_.parts = 0;
+    if (waiting_.done(end_)) waiting_.parts = 0;
+  }
+
+  // Chooses the stream of the next window; false when there is none.
+  VDIT_DEVICE bool turn() {
+    bool const done = now_.done(end_);
+    if (bits_ == nullptr || (!done && now_.parts == kBoth)) return !done;
+    if (now_.parts == kBoth) {
+      open_single();
+      return !now_.done(end_);
+    }
+    if (waiting_.parts == 0) return !done;
+    Stream const before = now_;
+    now_ = waiting_;
+    waiting_ = before;
+    if (done) waiting_.parts = 0;
+    return true;
+  }
+
+  // Moves `next` to a word of bits that is not 0. Words are fetched 32 at a time.
+  VDIT_DEVICE void skip_zeros(Stream& stream) {
+    for (; stream.next < end_; stream.next += 32) {
+      int32_t const word = stream.next / 32;
+      if (word % 32 == 0) {
+        int32_t const mine = word + lane_idx();
+        uint32_t first = 0, second = 0;
+        if (mine * 32 < end_) first = bits_[mine], second = other_bits_[mine];
+        stream.words = stream.parts == kBoth    ? first & second
+                       : stream.parts == kFirst ? first & ~second
+                                                : second & ~first;
+      }
+      if (shfl(stream.words, word % 32) != 0) return;
+    }
+  }
+
+  // Holds the 32 blocks from `next` on.
+  VDIT_DEVICE void hold() {
+    RowSpan span;
+    int32_t const at = now_.next + lane_idx();
+    if (bits_ == nullptr) {
+      if (at < end_) span = listed_rows(p_, b_, h_, q_block_, at, bad_);
+      now_.next += 32;
+    } else {
+      if (shfl(now_.words, now_.next / 32 % 32) >> lane_idx() & 1) span = key_block_rows(p_, b_, h_, at);
+      now_.next += 32;
+      skip_zeros(now_);
+    }
+    now_.end = now_.held + warp_prefix_sum(span.rows);
+    now_.begin = now_.end - span.rows;
+    now_.shift = span.begin - now_.begin;
+    now_.held = shfl(now_.end, 31);
+  }
+
+  BlockSparseAttentionParams const& p_;
+  int32_t const b_, h_, q_block_;
+  int32_t end_ = 0;  // of the list, or of the blocks
+  uint32_t const* bits_ = nullptr;
+  uint32_t const* other_bits_ = nullptr;
+  bool bad_ = false;
+  Stream now_, waiting_;
+};
+
+template <class T, int kHeadDim>
 struct BlockSparseAttentionKernel {
-  static constexpr int kBlockM = 64 * kConsumers;
-  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr AttentionTileSm90 kTile = attention_tile_sm90(kHeadDim);
+  static constexpr int kConsumers = kTile.consumers, kBlockM = kTile.block_m(), kBlockN = kTile.block_n;
+  static constexpr int kStages = kTile.stages;
+  static constexpr int kThreads = kTile.threads();
   static constexpr int kMinBlocks = 1;
-  static constexpr int kStages = 2;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
-  static_assert(kConsumers == 2 || kConsumers == 3, "Registers are shared out for two or three consumers.");
+  static_assert(128 * (kConsumers * kTile.consumer_registers + kTile.producer_registers) <= 65536 &&
+                    kTile.consumer_registers % 8 == 0 && kTile.producer_registers % 8 == 0,
+                "setmaxnreg shares out what an SM has.");
   static_assert(kBlockN % 16 == 0 && kBlockN <= 256, "A stage is whole slices of the second product.");
 
   // Shared memory holds 64 columns side by side (a slab: rows of 128 bytes, the widest swizzle). The columns
@@ -86,23 +185,30 @@ struct BlockSparseAttentionKernel {
   static constexpr int kKeySlab = kBlockN * kRowBytes;
   static constexpr int kStageBytes = kSlabs * kKeySlab;  // of keys; values are as many
   static constexpr int kBoxes = 8;                       // of 1, 2, 4 ... 128 rows
+  static constexpr int kNoPart = 2;                      // of an item; the first is 0, the second 1
 
   struct Params {
     BlockSparseAttentionParams attention;
     TensorMap q;  // boxes of 64 columns x 64 rows
     TensorMap k[kBoxes], v[kBoxes];
+    ListBits bits;
+    RunBoxes run_boxes;
     WorkItem const* items;
     int32_t* next_item;
     int64_t items_head, num_items;
   };
 
+  struct Map {
+    int32_t head, batch;
+  };
   struct Item {
-    int32_t row0, rows, q_block, head, batch;  // rows 0: the end
+    WorkItem work;  // no rows: the end
+    Map map;
   };
 
   // What a consumer is told with a stage of keys.
   struct Step {
-    int32_t rows;
+    int32_t rows, parts;  // of the item, which see this window
     int32_t last, bad;
   };
 
@@ -110,13 +216,13 @@ struct BlockSparseAttentionKernel {
     alignas(1024) char queries[kConsumers * kQueryBytes];
     char keys[kStages][kStageBytes];
     char values[kStages][kStageBytes];
-    char outputs[kConsumers * kQueryBytes];
     Barrier q_full, q_empty;
     Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
     Item item;
     Step steps[kStages];
   };
-  static constexpr int smem_bytes() { return sizeof(Shared); }
+  static_assert(sizeof(Shared) <= kTile.smem_bytes(), "What tile.h tells is what is taken.");
+  static constexpr int smem_bytes() { return kTile.smem_bytes(); }
 
   // Where in the ring one is: a stage, and how often the ring was gone round, modulo 2.
   struct Place {
@@ -128,45 +234,61 @@ struct BlockSparseAttentionKernel {
 
   // ---- Producers -----------------------------------------------------------------------------------------
 
-  // `rows` rows from `source` on into the slots from `slot` on.
-  VDIT_DEVICE static void load_rows(TensorMap const* boxes, char* stage, Barrier* full, Item const& item,
-                                    int slot, int source, int rows) {
+  VDIT_DEVICE static void load_box(TensorMap const& box, char* stage, Barrier* full, Map const& map, int slot,
+                                   int source) {
     CUTE_UNROLL
-    for (int i = kBoxes - 1; i >= 0; --i) {
-      if ((rows >> i & 1) == 0) continue;
-      CUTE_UNROLL
-      for (int slab = 0; slab < kSlabs; ++slab) {
-        tma_load(stage + slab * kKeySlab + slot * kRowBytes, boxes[i], full, slab * 64, source, item.head,
-                 item.batch);
-      }
-      slot += 1 << i, source += 1 << i;
+    for (int slab = 0; slab < kSlabs; ++slab) {
+      tma_load(stage + slab * kKeySlab + slot * kRowBytes, box, full, slab * 64, source, map.head, map.batch);
     }
   }
 
-  // One window of the stream into a stage. What the list does not fill becomes zero (rows past the sequence's
-  // end are), so that a probability of 0 times it is 0.
-  VDIT_DEVICE static Step load_stage(Params const& a, KeyStream& stream, TensorMap const* boxes, char* stage,
-                                     Barrier* full, Item const& item) {
-    bool last;
-    auto const load = [&](int slot, int source, int rows) {
-      load_rows(boxes, stage, full, item, slot, source, rows);
-    };
-    int const rows = stream.template fill<kBlockN>(load, last);
-    if (rows < kBlockN && lane_idx() == 0)
-      load(rows, static_cast<int>(a.attention.seqlen_kv), kBlockN - rows);
-    return {rows, last, stream.bad};
+  // `rows` rows from `source` on into the slots from `slot` on. Returns how many were loaded twice.
+  VDIT_DEVICE static int load_rows(TensorMap const* boxes, char* stage, Barrier* full, Map const& map,
+                                   RunBoxes run_boxes, int slot, int source, int rows) {
+    int const left = rows % 8;
+    int again = 0;
+    if (run_boxes == RunBoxes::kOverlap && rows > 8 && (left & (left - 1)) != 0) {
+      load_box(boxes[3], stage, full, map, slot + rows - 8, source + rows - 8);
+      again = 8 - left;
+      rows -= left;
+    }
+    CUTE_UNROLL
+    for (int i = kBoxes - 1; i >= 0; --i) {
+      if ((rows >> i & 1) == 0) continue;
+      load_box(boxes[i], stage, full, map, slot, source);
+      slot += 1 << i, source += 1 << i;
+    }
+    return again;
   }
 
-  // The next item; rows 0 when there is none.
+  // The next window into a stage. What the list does not fill becomes zero (rows past the sequence's end
+  // are), so that a probability of 0 times it is 0.
+  VDIT_DEVICE static KeyWindows::Window load_stage(Params const& a, KeyWindows& windows,
+                                                   TensorMap const* boxes, char* stage, Barrier* full,
+                                                   Map const& map) {
+    int again = 0;
+    auto const load = [&](int slot, int source, int rows) {
+      again += load_rows(boxes, stage, full, map, a.run_boxes, slot, source, rows);
+    };
+    auto const window = windows.template fill<kBlockN>(load);
+    if (window.rows < kBlockN && lane_idx() == 0)
+      load(window.rows, static_cast<int>(a.attention.seqlen_kv), kBlockN - window.rows);
+    int bytes = kStageBytes;
+    if (a.run_boxes == RunBoxes::kOverlap) bytes += shfl(warp_prefix_sum(again), 31) * kSlabs * kRowBytes;
+    if (lane_idx() == 0) barrier_expect(full, bytes);
+    return window;
+  }
+
+  // The next item; without rows when there is none.
   VDIT_DEVICE static Item take_item(Params const& a) {
     while (true) {
       int64_t const at = atomic_add(a.next_item, 1);
       if (at >= a.num_items) return {};
       WorkItem const work = a.items[at];
-      if (work.rows == 0) continue;
+      if (work.part[0].rows == 0) continue;
       int64_t const map = at / a.items_head;
-      return {work.row0, work.rows, work.q_block, static_cast<int32_t>(map % a.attention.heads),
-              static_cast<int32_t>(map / a.attention.heads)};
+      return {work,
+              {static_cast<int32_t>(map % a.attention.heads), static_cast<int32_t>(map / a.attention.heads)}};
     }
   }
 
@@ -178,49 +300,57 @@ struct BlockSparseAttentionKernel {
         Item const item = take_item(a);
         barrier_wait(&s.q_empty, parity ^ 1);
         s.item = item;
-        load_queries(a, s, item);
+        load_queries(a, s);
       }
       sync_warp();
-      Item const item = s.item;
-      if (item.rows == 0) return;
-      KeyStream stream(a.attention, item.batch, item.head, item.q_block);
-      for (Step step{}; !step.last; at.advance()) {
+      if (s.item.work.part[0].rows == 0) return;
+      Map const map = s.item.map;
+      KeyWindows windows(a.attention, a.bits, map.batch, map.head, s.item.work);
+      for (bool more = true; more; at.advance()) {
         barrier_wait(&s.k_empty[at.stage], at.parity ^ 1);
-        step = load_stage(a, stream, a.k, s.keys[at.stage], &s.k_full[at.stage], item);
-        step.bad = warp_any(step.bad);
+        auto const window = load_stage(a, windows, a.k, s.keys[at.stage], &s.k_full[at.stage], map);
+        bool const bad = warp_any(windows.bad());
         if (lane_idx() == 0) {
-          s.steps[at.stage] = step;
-          barrier_arrive_expect(&s.k_full[at.stage], kStageBytes);
+          s.steps[at.stage] = {window.rows, window.parts, window.last, bad};
+          barrier_arrive(&s.k_full[at.stage]);
+        }
+        more = !window.last;
+      }
+    }
+  }
+
+  VDIT_DEVICE static void load_queries(Params const& a, Shared& s) {
+    WorkItem const& work = s.item.work;
+    barrier_arrive_expect(&s.q_full, (groups_of(work.part[0]) + groups_of(work.part[1])) * kQueryBytes);
+    char* queries = s.queries;
+    for (WorkPart const& part : work.part) {
+      for (int row = 0; row < part.rows; row += 64, queries += kQueryBytes) {
+        for (int slab = 0; slab < kSlabs; ++slab) {
+          tma_load(queries + slab * kQuerySlab, a.q, &s.q_full, slab * 64, part.row0 + row, s.item.map.head,
+                   s.item.map.batch);
         }
       }
     }
   }
 
-  VDIT_DEVICE static void load_queries(Params const& a, Shared& s, Item const& item) {
-    int const warpgroups = (item.rows + 63) / 64;
-    barrier_arrive_expect(&s.q_full, warpgroups * kQueryBytes);
-    for (int i = 0; i < warpgroups; ++i) {
-      for (int slab = 0; slab < kSlabs; ++slab) {
-        tma_load(s.queries + i * kQueryBytes + slab * kQuerySlab, a.q, &s.q_full, slab * 64,
-                 item.row0 + i * 64, item.head, item.batch);
-      }
-    }
-  }
+  // Consumers that a part keeps busy.
+  VDIT_DEVICE static int groups_of(WorkPart const& part) { return (part.rows + 63) / 64; }
 
   // Warp 1: values. It hears of items as the consumers do.
   VDIT_DEVICE static void produce_values(Params const& a, Shared& s) {
     Place at;
     for (int parity = 0;; parity ^= 1) {
       barrier_wait(&s.q_full, parity);
-      Item const item = s.item;
-      if (item.rows == 0) return;
+      if (s.item.work.part[0].rows == 0) return;
+      Map const map = s.item.map;
+      KeyWindows windows(a.attention, a.bits, map.batch, map.head, s.item.work);
       sync_warp();
       release(&s.q_empty);
-      KeyStream stream(a.attention, item.batch, item.head, item.q_block);
-      for (Step step{}; !step.last; at.advance()) {
+      for (bool more = true; more; at.advance()) {
         barrier_wait(&s.v_empty[at.stage], at.parity ^ 1);
-        step = load_stage(a, stream, a.v, s.values[at.stage], &s.v_full[at.stage], item);
-        if (lane_idx() == 0) barrier_arrive_expect(&s.v_full[at.stage], kStageBytes);
+        auto const window = load_stage(a, windows, a.v, s.values[at.stage], &s.v_full[at.stage], map);
+        if (lane_idx() == 0) barrier_arrive(&s.v_full[at.stage]);
+        more = !window.last;
       }
     }
   }
@@ -231,6 +361,8 @@ struct BlockSparseAttentionKernel {
 
   static constexpr int kScores = kBlockN / 2;
   static constexpr int kOutputs = kHeadDim / 2;
+  // Head size 64 has as many cycles of exponentials as of products: the FMA lanes take one in seven of them.
+  static constexpr bool kShareExp2 = kHeadDim == 64;
   static constexpr float kRaise = 8.f;  // as in kernel_sm80.cuh: a maximum is raised only by more than 2^8
 
   struct RowStats {
@@ -324,7 +456,8 @@ struct BlockSparseAttentionKernel {
     }
     CUTE_UNROLL
     for (int i = 0; i < kScores; ++i) {
-      s[i] = fast_exp2(s[i] * exponent_scale - base[i / 2 % 2]);
+      float const exponent = s[i] * exponent_scale - base[i / 2 % 2];
+      s[i] = kShareExp2 && i / 4 % 5 == 4 ? fma_exp2(exponent) : fast_exp2(exponent);
       stats.sum[i / 2 % 2] += s[i];
     }
   }
@@ -355,20 +488,43 @@ struct BlockSparseAttentionKernel {
     if (lane_idx() == 0) barrier_arrive(empty);
   }
 
-  // Scores of the next stage of keys, in flight when this returns; they are free to be written over. Returns
-  // what is told with the stage. `issue` starts further products within the same turn.
-  template <class Issue>
-  VDIT_DEVICE static Step start_scores(Shared& s, char const* queries, Place const& at, int group, int groups,
-                                       float (&scores)[kScores], Issue const& issue) {
+  // Waits for the next stage of keys, and says whether `part` of the item sees it; then `step` is what is
+  // told with it.
+  VDIT_DEVICE static bool sees_next(Shared& s, Place const& at, int part, Step& step) {
     barrier_wait(&s.k_full[at.stage], at.parity);
-    Step const step = s.steps[at.stage];
+    Step const next = s.steps[at.stage];
+    bool const mine = (next.parts >> part & 1) != 0;
+    if (mine) step = next;
+    return mine;
+  }
+
+  // Finds the next stage that `part` sees, lets those before pass, and says whether there is one. Nothing of
+  // earlier stages may be left to do: the other part might wait for their room.
+  VDIT_DEVICE static bool find_next(Shared& s, Place& k_at, Place& v_at, int part, Step& step) {
+    while (!sees_next(s, k_at, part, step)) {
+      bool const last = s.steps[k_at.stage].last;
+      sync_warp();
+      release(&s.k_empty[k_at.stage]);
+      k_at.advance();
+      barrier_wait(&s.v_full[v_at.stage], v_at.parity);  // or it would count as given back twice
+      release(&s.v_empty[v_at.stage]);
+      v_at.advance();
+      if (last) return false;
+    }
+    return true;
+  }
+
+  // Scores of a stage of keys that is there, in flight when this returns. `issue` starts further products
+  // within the same turn.
+  template <class Issue>
+  VDIT_DEVICE static void start_scores(Shared& s, char const* queries, Place const& at, int group, int groups,
+                                       float (&scores)[kScores], Issue const& issue) {
     take_turn(group, groups);
     wgmma_fence();
     multiply_keys(queries, s.keys[at.stage], scores);
     wgmma_commit();
     issue();
     pass_turn(group, groups);
-    return step;
   }
 
   // Waits for the scores, behind which kLater products may still be under way, and gives their keys back.
@@ -408,14 +564,29 @@ struct BlockSparseAttentionKernel {
     at.advance();
   }
 
+  // A consumer's share of an item.
+  struct Share {
+    Map map;
+    int32_t row0, rows;  // of the queries; no rows: none
+    int32_t part;        // of the item
+    int32_t groups;      // consumers that take turns
+  };
+
+  VDIT_DEVICE static Share share_of(Item const& item, int group) {
+    int const first = groups_of(item.work.part[0]);
+    int const part = group < first ? 0 : 1, row = (group - part * first) * 64;
+    int32_t const row0 = item.work.part[part].row0, rows = item.work.part[part].rows;
+    // The parts of a pair have different numbers of windows, and no turns.
+    return {item.map, row0 + row, rows - row, part, item.work.part[1].rows > 0 ? 1 : first};
+  }
+
   // One item's 64 rows of this warpgroup.
-  VDIT_DEVICE static void attend(Params const& a, Shared& s, Item const& item, int group, Place& k_at,
+  VDIT_DEVICE static void attend(Params const& a, Shared& s, Share const& share, int group, Place& k_at,
                                  Place& v_at) {
     BlockSparseAttentionParams const& p = a.attention;
     constexpr float kLog2E = 1.44269504088896341f;
     float const exponent_scale = p.scale == 0.f ? 1.f : fabsf(p.scale) * kLog2E;
     char const* queries = s.queries + group * kQueryBytes;
-    int const groups = (item.rows + 63) / 64;
 
     float scores[kScores], o[kOutputs];
     uint32_t probabilities[kScores / 2];
@@ -423,49 +594,44 @@ struct BlockSparseAttentionKernel {
     for (int i = 0; i < kOutputs; ++i) o[i] = 0.f;
     RowStats stats;
     float factor[2];
+    Step step{};
 
-    Step step = start_scores(s, queries, k_at, group, groups, scores, [] {});
-    finish_scores<0>(s, k_at, scores);
-    weigh_scores(scores, step.rows, stats, p.scale, exponent_scale, factor);
-    pack(scores, probabilities);
-
-    while (!step.last) {  // this step's scores and the last one's outputs
-      wgmma_fence_operand(scores);
-      step = start_scores(s, queries, k_at, group, groups, scores,
-                          [&] { start_outputs(s, v_at, probabilities, o); });
-      finish_scores<1>(s, k_at, scores);
-      bool const raised = weigh_scores(scores, step.rows, stats, p.scale, exponent_scale, factor);
-      finish_outputs(s, v_at, o);
-      if (raised) scale_outputs(o, factor);
+    while (!step.last && find_next(s, k_at, v_at, share.part, step)) {
+      start_scores(s, queries, k_at, group, share.groups, scores, [] {});
+      finish_scores<0>(s, k_at, scores);
+      if (weigh_scores(scores, step.rows, stats, p.scale, exponent_scale, factor)) scale_outputs(o, factor);
       pack(scores, probabilities);
+
+      // This step's scores and the last one's outputs.
+      while (!step.last && sees_next(s, k_at, share.part, step)) {
+        wgmma_fence_operand(scores);
+        start_scores(s, queries, k_at, group, share.groups, scores,
+                     [&] { start_outputs(s, v_at, probabilities, o); });
+        finish_scores<1>(s, k_at, scores);
+        bool const raised = weigh_scores(scores, step.rows, stats, p.scale, exponent_scale, factor);
+        finish_outputs(s, v_at, o);
+        if (raised) scale_outputs(o, factor);
+        pack(scores, probabilities);
+      }
+      if (step.last) release(&s.q_empty);  // the next item's queries and keys come meanwhile
+      start_outputs(s, v_at, probabilities, o);
+      finish_outputs(s, v_at, o);
     }
+    if (!step.last) release(&s.q_empty);
 
-    release(&s.q_empty);
-    start_outputs(s, v_at, probabilities, o);
-    finish_outputs(s, v_at, o);
-
-    int const rows = item.rows - group * 64;
-    int64_t const row0 = item.row0 + group * 64;
-    finish(stats, o, exponent_scale, step.bad, rows,
-           p.lse + item.batch * p.stride_lse.b + item.head * p.stride_lse.h + row0);
-    T* out = static_cast<T*>(p.out) + item.batch * p.stride_out.b + item.head * p.stride_out.h +
-             row0 * p.stride_out.s;
-    store_out(o, s.outputs + group * kQueryBytes, out, p.stride_out.s, rows);
+    Map const& map = share.map;
+    finish(stats, o, exponent_scale, step.bad, share.rows,
+           p.lse + map.batch * p.stride_lse.b + map.head * p.stride_lse.h + share.row0);
+    T* out = static_cast<T*>(p.out) + map.batch * p.stride_out.b + map.head * p.stride_out.h +
+             share.row0 * p.stride_out.s;
+    store_out(o, out, p.stride_out.s, share.rows);
   }
 
   // A warpgroup without rows lets an item's stages pass.
   VDIT_DEVICE static void skip(Shared& s, Place& k_at, Place& v_at) {
     release(&s.q_empty);
-    for (Step step{}; !step.last;) {
-      barrier_wait(&s.k_full[k_at.stage], k_at.parity);
-      step = s.steps[k_at.stage];
-      sync_warp();
-      release(&s.k_empty[k_at.stage]);
-      k_at.advance();
-      barrier_wait(&s.v_full[v_at.stage], v_at.parity);
-      release(&s.v_empty[v_at.stage]);
-      v_at.advance();
-    }
+    Step step;
+    find_next(s, k_at, v_at, kNoPart, step);
   }
 
   // Adds up the quads' sums, divides, and writes lse. A row that saw nothing gets 0 and -inf; NaN everywhere
@@ -491,31 +657,41 @@ struct BlockSparseAttentionKernel {
     }
   }
 
-  // Through shared memory, so that global stores are of 16 bytes and whole rows. A warp's 16 rows are its
-  // own.
-  VDIT_DEVICE static void store_out(float const (&o)[kOutputs], char* staged, T* out, int64_t stride,
-                                    int rows) {
-    int const warp_row = warp_idx() % 4 * 16, lane = lane_idx();
-    auto const place = [&](int row, int chunk) {  // of 8 columns; chunks swizzled against bank conflicts
-      return staged + chunk / 8 * kQuerySlab + row * kRowBytes + ((chunk % 8) ^ (row % 8)) * 16;
-    };
+  // Word i of lane j of a quad becomes word j of lane i.
+  VDIT_DEVICE static void transpose_quads(uint32_t (&w)[4]) {
     CUTE_UNROLL
-    for (int n = 0; n < kHeadDim / 8; n += 2) {
-      uint32_t const words[4] = {pack2<T>(o[n * 4], o[n * 4 + 1]), pack2<T>(o[n * 4 + 2], o[n * 4 + 3]),
-                                 pack2<T>(o[n * 4 + 4], o[n * 4 + 5]), pack2<T>(o[n * 4 + 6], o[n * 4 + 7])};
-      stmatrix_x4(place(warp_row + lane % 16, n + lane / 16), words);
-    }
-    sync_warp();
-    constexpr int kChunks = kHeadDim / 8;
-    CUTE_UNROLL
-    for (int i = 0; i < 16 * kChunks / 32; ++i) {
-      int const at = i * 32 + lane, row = warp_row + at / kChunks, chunk = at % kChunks;
-      if (row < rows) {
-        *reinterpret_cast<uint4*>(out + row * stride + chunk * 8) =
-            *reinterpret_cast<uint4 const*>(place(row, chunk));
+    for (int bit = 1; bit <= 2; bit *= 2) {
+      bool const upper = (lane_idx() & bit) != 0;
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if ((i & bit) != 0) continue;
+        uint32_t const got = shfl_xor(upper ? w[i] : w[i + bit], bit);
+        (upper ? w[i] : w[i + bit]) = got;
       }
     }
-    sync_warp();  // the next item's rows go to the same place
+  }
+
+  // A thread has two columns of each 8. The four of a quad exchange them for 8 columns of one 8 each, so that
+  // global stores are of 16 bytes, and 64 of a row side by side.
+  VDIT_DEVICE static void store_out(float const (&o)[kOutputs], T* out, int64_t stride, int rows) {
+    int const quad = lane_idx() % 4;
+    CUTE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      int const row = warp_idx() % 4 * 16 + half * 8 + lane_idx() / 4;
+      CUTE_UNROLL
+      for (int n = 0; n < kHeadDim / 8; n += 4) {
+        uint32_t words[4];
+        CUTE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          words[i] = pack2<T>(o[(n + i) * 4 + half * 2], o[(n + i) * 4 + half * 2 + 1]);
+        }
+        transpose_quads(words);
+        if (row < rows) {
+          *reinterpret_cast<uint4*>(out + row * stride + (n + quad) * 8) =
+              uint4{words[0], words[1], words[2], words[3]};
+        }
+      }
+    }
   }
 
   VDIT_DEVICE static void consume(Params const& a, Shared& s, int group) {
@@ -523,11 +699,11 @@ struct BlockSparseAttentionKernel {
     if (group == kConsumers - 1) named_arrive(1, 256);  // the first turn is group 0's
     for (int parity = 0;; parity ^= 1) {
       barrier_wait(&s.q_full, parity);
-      Item const item = s.item;
-      if (item.rows == 0) break;
+      if (s.item.work.part[0].rows == 0) break;
+      Share const share = share_of(s.item, group);
       sync_warp();
-      if (item.rows > group * 64) {
-        attend(a, s, item, group, k_at, v_at);
+      if (share.rows > 0) {
+        attend(a, s, share, group, k_at, v_at);
       } else {
         skip(s, k_at, v_at);
       }
@@ -552,11 +728,11 @@ struct BlockSparseAttentionKernel {
     // Told by lane 0: the compiler then knows that a warp is of one mind.
     int const group = shfl(thread_idx() / 128, 0);
     if (group == kConsumers) {
-      set_max_registers_down<kProducerRegisters>();
+      set_max_registers_down<kTile.producer_registers>();
       if (warp_idx() == kConsumers * 4) produce_keys(a, s);
       if (warp_idx() == kConsumers * 4 + 1) produce_values(a, s);
     } else {
-      set_max_registers_up<kConsumerRegisters>();
+      set_max_registers_up<kTile.consumer_registers>();
       consume(a, s, group);
     }
   }

@@ -62,16 +62,32 @@ inline AttentionTile pick_tile(BlockSparseAttentionParams const& p) {
 
 // The tile on compute capability 9.0: consumer warpgroups of 64 query rows, and a producer warpgroup.
 struct AttentionTileSm90 {
+  int head_dim;
   int consumers;
-  int block_n;  // key rows a step
+  int block_n;             // key rows a step
+  int stages;              // steps of keys and values in shared memory
+  int consumer_registers;  // a thread
+  int producer_registers;
 
   constexpr int block_m() const { return 64 * consumers; }
+  constexpr int threads() const { return 128 * (consumers + 1); }
+  constexpr int row_bytes() const { return (head_dim + 63) / 64 * 128; }  // padded to whole swizzles
+  constexpr int smem_bytes() const { return (block_m() + 2 * stages * block_n) * row_bytes() + 1024; }
+
+  std::string to_string() const {
+    return "block_sparse_attention sm90: " + std::to_string(block_m()) + " x " + std::to_string(block_n) +
+           " tile, head_dim " + std::to_string(head_dim) + ", " + std::to_string(stages) + " stages, " +
+           std::to_string(consumers) + " consumer warpgroups, " + std::to_string(smem_bytes()) +
+           " bytes of shared memory";
+  }
 };
 
 // NOTE: a query tile of m rows does m products a byte of keys that comes from L2, whose bandwidth m = 64
-// exhausts. Three consumers leave 160 registers a thread, enough for outputs of head size 64 but not of 128.
+// exhausts. Three consumers leave 152 registers a thread beside a producer that needs 56: enough for outputs
+// of head size 64 and scores of 112 keys.
 constexpr AttentionTileSm90 attention_tile_sm90(int head_dim) {
-  return AttentionTileSm90{head_dim == 64 ? 3 : 2, 128};
+  return head_dim == 64 ? AttentionTileSm90{64, 3, 112, 5, 152, 56}
+                        : AttentionTileSm90{head_dim, 2, 128, 3, 224, 56};
 }
 
 // Tiles of block_m query rows that a head has, at most: a tile holds rows of one query block.

@@ -25,7 +25,7 @@ def hopper() -> Path:
 
 
 RIGHT = [
-    "named", "arrive", "elect", "stmatrix", "registers", "tma_load", "tma_store", "bulk_load", "map_errors",
+    "named", "arrive", "elect", "stmatrix", "registers", "tma_load", "overlap", "tma_store", "bulk_load", "map_errors",
     "products_k", "products_mn", "products_s8", "groups",
 ]  # fmt: skip
 
@@ -90,6 +90,7 @@ SENTENCES = {
     "nobody_waits": rf"the block has ended before bulk_load {HERE} of thread 0, whose barrier nobody has waited for\.",
     "over_arrive": rf"barrier_arrive {HERE} {BARRIER}, where all 1 arrivals of phase 0 have come and only bytes are",
     # the copy engine
+    "other_rows": rf"tma_load {HERE} bytes 640 to 1663 of .*, which tma_load {HERE} of thread 0 is still writing\.",
     "two_loads": rf"bulk_load {HERE} bytes 16 to 47 of .*, which bulk_load {HERE} of thread 0 is still writing\.",
     "load_slot": rf"tma_load {HERE} byte 64 of shared memory, which is not a multiple of 128\.",
     "load_rank": rf"tma_load {HERE} 3 coordinates for a map of rank 2\.",

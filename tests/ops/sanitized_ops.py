@@ -15,7 +15,12 @@ from cases import rope as rope_cases
 
 def main(library: str) -> None:
     torch.ops.load_library(library)
-    ops = torch.ops.vdit_emu
+    for ops in (torch.ops.vdit_emu, torch.ops.vdit_emu_sm90):
+        run_all(ops)
+    print("all ran")
+
+
+def run_all(ops) -> None:
     for case in cases.corner + cases.ragged:
         inputs = cases.make_attention(case, torch.bfloat16)
         out, lse = ops.block_sparse_attention(*inputs.args, **inputs.kwargs)
@@ -33,12 +38,11 @@ def main(library: str) -> None:
         ops.topk_blocks(scores, 7, per_head=True)
         ops.topk_blocks(scores, 2)
         ops.topp_blocks(scores, 0.8, min_blocks=2)
-        print("ran", case.name, flush=True)
+        print("ran", ops.name, case.name, flush=True)
     for case in rope_cases.every:
         inputs = rope_cases.make_norm_rope(case, torch.bfloat16)
         ops.rms_norm_rope(*inputs.args, **inputs.kwargs)
-        print("ran", case.name, flush=True)
-    print("all ran")
+        print("ran", ops.name, case.name, flush=True)
 
 
 if __name__ == "__main__":

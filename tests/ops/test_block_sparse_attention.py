@@ -192,6 +192,79 @@ def test_equal_runs_give_equal_bits(backend):
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
+def two_lists(pattern: str, blocks: int) -> torch.Tensor:
+    """Which of the key blocks the first and the second 64 queries list, bool ``[2, blocks]``."""
+    keep = torch.zeros(2, blocks, dtype=torch.bool)
+    if pattern == "equal":
+        keep[:, 3:15] = True
+    elif pattern == "disjoint":
+        keep[0, ::2], keep[1, 1::2] = True, True
+    elif pattern == "nested":
+        keep[0], keep[1, 5:9] = True, True
+    elif pattern == "one in many":
+        keep[0, -1], keep[1] = True, True
+    elif pattern == "first empty":
+        keep[1, 2:] = True
+    elif pattern == "second empty":
+        keep[0, :-1] = True
+    elif pattern == "halves":
+        keep[0, : blocks // 2], keep[1, blocks // 2 :] = True, True
+    elif pattern == "random":
+        keep = torch.rand(2, blocks, generator=generator(9)) < 0.5
+    return keep
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "equal",
+        "disjoint",
+        "nested",
+        "one in many",
+        "first empty",
+        "second empty",
+        "both empty",
+        "halves",
+        "random",
+    ],
+)
+def test_two_lists_of_one_thread_block(backend, pattern, dim):
+    """64-row tiles share a thread block on compute capability 9.0, whatever their lists have in common."""
+    blocks = 45  # of 48 keys, so that windows of the streams begin anywhere; more than a word of 32
+    case = cases.C("two", seqlen_q=128, seqlen_kv=blocks * 48 - 7, head_dim=dim, q_block=64, kv_block=48)
+    inputs = cases.make_attention(case, torch.bfloat16)
+    keep = two_lists(pattern, blocks).expand(1, 2, -1, -1)
+    inputs.kv_num_blocks, inputs.kv_indices = lists_from_mask(keep)
+    check(backend, inputs)
+
+
+@pytest.mark.parametrize("q_block", [64, (40, 64, 24, 0, 64, 1)], ids=["uniform", "variable"])
+def test_a_block_listed_twice_counts_twice(backend, q_block):
+    """Also where the other tiles of 64 rows are paired, for which a list must name a block only once."""
+    case = cases.C("twice", seqlen_q=193, seqlen_kv=500, q_block=q_block, kv_block=40, density=0.5)
+    inputs = cases.make_attention(case, torch.bfloat16)
+    used = inputs.kv_num_blocks[0, 0, 1]
+    inputs.kv_indices[0, 0, 1, used - 1] = inputs.kv_indices[0, 0, 1, 0]
+    check(backend, inputs)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_runs_of_rows_may_be_loaded_with_overlaps(backend, dim, monkeypatch):
+    """The other way to cut clusters into TMA boxes gives the very bits; other kernels do not ask for it."""
+    case = cases.C("runs", seqlen_q=150, seqlen_kv=900, head_dim=dim, q_block="random:4", kv_block="random:40")
+    inputs = cases.make_attention(case, torch.bfloat16)
+    once, once_lse = run(backend, inputs)
+    monkeypatch.setenv("VDIT_ATTENTION_RUNS", "overlap")
+    again, again_lse = check(backend, inputs)
+    assert torch.equal(once, again) and torch.equal(once_lse, again_lse)
+
+
+def test_more_key_blocks_than_a_warp_holds_bits(backend):
+    case = cases.C("many", seqlen_q=128, seqlen_kv=2300, q_block=64, kv_block=2, density=0.03)
+    check(backend, cases.make_attention(case, torch.bfloat16))
+
+
 def test_merge_of_two_halves_is_the_whole(backend):
     inputs = cases.make_attention(cases.C("whole", seqlen_kv=512, density=1.0), torch.bfloat16)
     whole = run(backend, inputs)

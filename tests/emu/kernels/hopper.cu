@@ -277,6 +277,38 @@ void test_tma_load() {
   }
 }
 
+// Two boxes of 8 rows, the second from row p.slot on, to where its rows lie after the first one's.
+CASE_KERNEL(OverlapKernel, 32) {
+  Barrier* const barrier = make_barriers(smem, 1, 1);
+  if (thread_idx() == 0) {
+    tma_load(smem, p.map, barrier, 0, 0);
+    tma_load(smem + p.slot * 128, p.map, barrier, 0, p.size);
+    barrier_arrive_expect(barrier, 2 * 8 * 128);
+  }
+  barrier_wait(barrier, 0);
+  for (int i = thread_idx(); i < 16 * 128; i += 32) p.bytes[i] = smem[i];
+}
+Buffers overlap_buffers(std::vector<char>& tensor, char* out, int slot, int row) {
+  Buffers p = {};
+  p.map = map_of({2, {64, 40}, {64}, {64, 8}, {0, 0}, SmemSwizzle::k128, 0}, tensor.data());
+  p.bytes = out;
+  p.slot = slot;
+  p.size = row;
+  return p;
+}
+void test_overlap() {
+  std::vector<char> tensor(64 * 40 * 2), out(16 * 128);
+  for (size_t i = 0; i < tensor.size(); ++i) tensor[i] = static_cast<char>(i * 7 + i / 128);
+  launch<OverlapKernel>({1, 1, 1}, kSmemBytes, nullptr, overlap_buffers(tensor, out.data(), 5, 5));
+  for (size_t i = 0; i < 13 * 128; ++i) {
+    EXPECT(out[i / 128 * 128 + ((i / 16 % 8) ^ (i / 128 % 8)) * 16 + i % 16] == tensor[i]);
+  }
+}
+void broken_overlap() {  // other rows to the same place
+  std::vector<char> tensor(64 * 40 * 2), out(16 * 128);
+  launch<OverlapKernel>({1, 1, 1}, kSmemBytes, nullptr, overlap_buffers(tensor, out.data(), 5, 6));
+}
+
 CASE_KERNEL(StoreKernel, 64) {
   for (int i = thread_idx(); i < 32768; i += 64) smem[i] = static_cast<char>(i * 5 + i / 128);
   fence_async_proxy();
@@ -872,6 +904,7 @@ int main(int, char** arguments) {
           {"stmatrix", test_stmatrix},
           {"registers", test_registers},
           {"tma_load", test_tma_load},
+          {"overlap", test_overlap},
           {"tma_store", test_tma_store},
           {"bulk_load", test_bulk_load},
           {"map_errors", test_map_errors},
@@ -911,6 +944,7 @@ int main(int, char** arguments) {
           {"nobody_waits", broken<NobodyWaitsKernel>},
           {"over_arrive", broken<OverArriveKernel>},
           {"two_loads", broken<TwoLoadsKernel>},
+          {"other_rows", broken_overlap},
           {"load_slot", broken<LoadSlotKernel>},
           {"load_rank", broken<LoadRankKernel>},
           {"load_copy", broken<LoadCopyKernel>},

@@ -186,6 +186,23 @@ CASE_KERNEL(ArithmeticKernel, 32) {
   p.floats[160 + lane_idx()] = b.x;
   p.floats[192 + lane_idx()] = b.y;
 }
+
+// 2^x for the p.ints[0] numbers in p.floats.
+CASE_KERNEL(FmaExp2Kernel, 32) {
+  for (int i = thread_idx(); i < p.ints[0]; i += 32) p.floats[i] = fma_exp2(p.floats[i]);
+}
+void test_fma_exp2() {
+  std::vector<float> x = {0, -INFINITY, -1e30f, -127, -1, -20, 7, NAN};
+  std::vector<float> const expected = {1, 0, 0, 0, 0.5f, 0x1p-20f, 128, NAN};
+  for (int i = -125 * 64; i < 16 * 64; ++i) x.push_back(static_cast<float>(i) / 64 + 0.003f);
+  std::vector<float> y = x;
+  int32_t count = static_cast<int32_t>(x.size());
+  launch<FmaExp2Kernel>({1, 1, 1}, 0, nullptr, {&count, {}, y.data(), {}, {}});
+  for (size_t i = 0; i < 7; ++i) EXPECT(y[i] == expected[i]);
+  EXPECT(y[7] != y[7]);
+  for (size_t i = 8; i < y.size(); ++i) EXPECT(std::abs(y[i] / std::exp2(double{x[i]}) - 1) < 4e-6);
+}
+
 void test_arithmetic() {
   std::vector<float> out(224);
   launch<ArithmeticKernel>({1, 1, 1}, 0, nullptr, {{}, {}, out.data(), {}, {}});
@@ -389,6 +406,7 @@ int main(int, char** arguments) {
           {"ldmatrix", test_ldmatrix},
           {"cp_async", test_cp_async},
           {"arithmetic", test_arithmetic},
+          {"fma_exp2", test_fma_exp2},
           {"f16_values", test_conversion<cute::half_t>},
           {"bf16_values", test_conversion<cute::bfloat16_t>},
           {"block_order", test_block_order},
