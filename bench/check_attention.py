@@ -367,6 +367,20 @@ def segment_mean_cases(backend: Backend, large: bool) -> Iterator[Named]:
 
                 yield f"N={n} C={c} D={dim} {short_name(dtype)}", run
 
+    def bad_row():
+        x, fallback = (
+            rows(1, 2, 900, 128, dtype=torch.bfloat16),
+            rows(1, 2, 7, 128, seed=1, dtype=torch.bfloat16),
+        )
+        x[0, 1, 40, 100] = torch.nan
+        labels = torch.randint(0, 7, (1, 2, 900), generator=generator(2), dtype=torch.int32)
+        args = x, *defs.label_sort_naive(labels, 7), fallback
+        got, c = backend.run("segment_mean", *args).cpu(), int(labels[0, 1, 40])
+        same(got[0, 1, c], fallback[0, 1, c], "the segment with the NaN")
+        assert_close(got, backend.expected("segment_mean", *args), tolerance=8e-3)
+
+    yield "a NaN in a row", bad_row
+
 
 # ---------------------------------------------------------------------------------------------------------
 # Selection

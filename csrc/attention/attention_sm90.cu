@@ -1,5 +1,6 @@
 // block_sparse_attention for sm90: the entry.
 #include "attention/launch_checks.h"
+#include "attention/launch_sm90.h"
 #include "attention/tile.h"
 #include "attention/workspace_sm90.h"
 
@@ -15,14 +16,6 @@ void attend_any(BlockSparseAttentionParams const& p, void* workspace, void* stre
   if (p.head_dim == 64) return attend<T, 64>(p, workspace, stream);
   if (p.head_dim == 96) return attend<T, 96>(p, workspace, stream);
   attend<T, 128>(p, workspace, stream);
-}
-
-// TMA takes strides below 2^40 bytes.
-bool can_walk(Strides3 const& stride, int64_t batch, int64_t heads, int64_t length) {
-  auto const fits = [](int64_t size, int64_t elements) {
-    return size <= 1 || (elements >= 0 && elements * 2 < (int64_t{1} << 40));
-  };
-  return fits(batch, stride.b) && fits(heads, stride.h) && fits(length, stride.s);
 }
 
 }  // namespace sm90

@@ -518,22 +518,21 @@ void segment_mean_block(SegmentMeanParams const& p, CpuItem const& item) {
   int32_t const* const index = p.sorted_idx + head * p.num_rows;
   int64_t const begin = offsets[item.block], end = offsets[item.block + 1];
   T* const out = static_cast<T*>(p.out) + (head * p.num_segments + item.block) * p.head_dim;
-  if (end <= begin) {
-    T const* const fallback = static_cast<T const*>(p.fallback) + item.b * p.stride_fallback.b +
-                              item.h * p.stride_fallback.h + item.block * p.stride_fallback.s;
-    std::memcpy(out, fallback, sizeof(T) * p.head_dim);
-    return;
-  }
+  T const* const fallback = static_cast<T const*>(p.fallback) + item.b * p.stride_fallback.b +
+                            item.h * p.stride_fallback.h + item.block * p.stride_fallback.s;
+  bool finite = end > begin;
   T const* const x = static_cast<T const*>(p.x) + item.b * p.stride_x.b + item.h * p.stride_x.h;
   float const rows = static_cast<float>(end - begin);
   constexpr int kChunk = 256;  // columns summed at a time, so that any head_dim works
-  for (int d = 0; d < p.head_dim; d += kChunk) {
+  for (int d = 0; d < p.head_dim && finite; d += kChunk) {
     int const columns = p.head_dim - d < kChunk ? p.head_dim - d : kChunk;
     alignas(64) float sum[kChunk] = {};
     for (int64_t i = begin; i < end; ++i) add_row(x + index[i] * p.stride_x.s + d, sum, columns);
     for (int j = 0; j < columns; ++j) sum[j] /= rows;
     store_row(sum, out + d, columns);
+    for (int j = 0; j < columns; ++j) finite = finite && __builtin_isfinite(to_float(out[d + j]));
   }
+  if (!finite) std::memcpy(out, fallback, sizeof(T) * p.head_dim);
 }
 
 void segment_mean(SegmentMeanParams const& p, CpuItem const& item) {

@@ -6,14 +6,6 @@
 
 namespace vdit {
 
-// A better score, or the same at a lower index. NaN is never better.
-VDIT_DEVICE void keep_best(float& best, int& label, float score, int candidate) {
-  if (score > best || (score == best && candidate < label)) {
-    best = score;
-    label = candidate;
-  }
-}
-
 // fp16 and bf16 on tensor cores. A block owns kBlockM rows of x, whose fragments stay in registers, and
 // streams the centroids past them, kBlockN at a time, double buffered.
 // Grid: x tiles of rows, y heads, z batch. Rows must be 16-byte aligned.

@@ -189,21 +189,27 @@ struct SegmentMeanKernel {
     int64_t const begin = clamp_to<int64_t>(offsets[c], 0, p.num_rows);
     int64_t const end = clamp_to<int64_t>(offsets[c + 1], 0, p.num_rows);
     T* out = static_cast<T*>(p.out) + (bh * p.num_segments + c) * p.head_dim;
-    if (begin >= end) {
-      T const* fallback = static_cast<T const*>(p.fallback) + b * p.stride_fallback.b +
-                          h * p.stride_fallback.h + c * p.stride_fallback.s;
-      for (int col = thread_idx(); col < p.head_dim; col += kThreads) out[col] = fallback[col];
-      return;
-    }
     T const* x = static_cast<T const*>(p.x) + b * p.stride_x.b + h * p.stride_x.h;
     int32_t const* list = p.sorted_idx + bh * p.num_rows + begin;
     auto row = [&](int64_t i) -> T const* {
       int64_t const r = list[i];
       return r >= 0 && r < p.num_rows ? x + r * p.stride_x.s : nullptr;
     };
-    Mean::run(end - begin, p.head_dim, smem, row,
-              [&](int col, float const(&mean)[kVec]) { store_floats<T, kVec>(out + col, mean); });
+    bool fall_back = begin >= end;
+    if (!fall_back) {
+      Mean::run(end - begin, p.head_dim, smem, row, [&](int col, float const(&mean)[kVec]) {
+        store_floats<T, kVec>(out + col, mean);
+        for (int i = 0; i < kVec; ++i) fall_back |= !is_finite(static_cast<float>(static_cast<T>(mean[i])));
+      });
+    }
+    if (sync_block_or(fall_back)) {
+      T const* fallback = static_cast<T const*>(p.fallback) + b * p.stride_fallback.b +
+                          h * p.stride_fallback.h + c * p.stride_fallback.s;
+      for (int col = thread_idx(); col < p.head_dim; col += kThreads) out[col] = fallback[col];
+    }
   }
+
+  VDIT_DEVICE static bool is_finite(float x) { return fabsf(x) < INFINITY; }  // NaN is not
 };
 
 }  // namespace vdit

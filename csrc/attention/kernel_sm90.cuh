@@ -361,8 +361,10 @@ struct BlockSparseAttentionKernel {
 
   static constexpr int kScores = kBlockN / 2;
   static constexpr int kOutputs = kHeadDim / 2;
-  // Head size 64 has as many cycles of exponentials as of products: the FMA lanes take one in seven of them.
-  static constexpr bool kShareExp2 = kHeadDim == 64;
+  // Head size 64 has as many cycles of exponentials as of products. The FMA lanes take those of this many
+  // tiles of 8 columns a stage; each costs ten instructions, and with more of them their issue would be what
+  // binds.
+  static constexpr int kFmaTiles = kHeadDim == 64 ? 1 : 0;
   static constexpr float kRaise = 8.f;  // as in kernel_sm80.cuh: a maximum is raised only by more than 2^8
 
   struct RowStats {
@@ -370,40 +372,35 @@ struct BlockSparseAttentionKernel {
     float sum[2] = {0.f, 0.f};              // this thread's columns only, until finish()
   };
 
-  // Scores of one stage, in flight when this returns.
+  // Scores of one stage, in flight when this returns. Descriptors are stepped on from the first: building
+  // each from its address would cost five instructions a product.
   VDIT_DEVICE static void multiply_keys(char const* queries, char const* keys, float (&s)[kScores]) {
+    uint64_t const q = wgmma_descriptor(queries, SmemSwizzle::k128, 16, 8 * kRowBytes);
+    uint64_t const k = wgmma_descriptor(keys, SmemSwizzle::k128, 16, 8 * kRowBytes);
     CUTE_UNROLL
     for (int i = 0; i < kHeadDim / 16; ++i) {
       int const column = i % 4 * 32;  // in bytes, within the slab
-      uint64_t const q =
-          wgmma_descriptor(queries + i / 4 * kQuerySlab + column, SmemSwizzle::k128, 16, 8 * kRowBytes);
-      uint64_t const k =
-          wgmma_descriptor(keys + i / 4 * kKeySlab + column, SmemSwizzle::k128, 16, 8 * kRowBytes);
-      wgmma_ss<T, kBlockN, Major::kK>(s, q, k, i > 0);
+      wgmma_ss<T, kBlockN, Major::kK>(s, wgmma_advance(q, i / 4 * kQuerySlab + column),
+                                      wgmma_advance(k, i / 4 * kKeySlab + column), i > 0);
     }
   }
 
   // o += probabilities * values, in flight when this returns.
   VDIT_DEVICE static void multiply_values(uint32_t const (&p)[kScores / 2], char const* values,
                                           float (&o)[kOutputs]) {
+    uint64_t const first = wgmma_descriptor(values, SmemSwizzle::k128, kKeySlab, 8 * kRowBytes);
     CUTE_UNROLL
     for (int i = 0; i < kBlockN / 16; ++i) {
       uint32_t const a[4] = {p[i * 4], p[i * 4 + 1], p[i * 4 + 2], p[i * 4 + 3]};
-      char const* rows = values + i * 16 * kRowBytes;
+      uint64_t const v = wgmma_advance(first, i * 16 * kRowBytes);
       if constexpr (kHeadDim == 96) {  // one and a half slabs, which one instruction does not take
-        multiply_columns<64>(a, rows, *reinterpret_cast<float (*)[32]>(&o[0]));
-        multiply_columns<32>(a, rows + kKeySlab, *reinterpret_cast<float (*)[16]>(&o[32]));
+        wgmma_rs<T, 64, Major::kMN>(*reinterpret_cast<float (*)[32]>(&o[0]), a, v, true);
+        wgmma_rs<T, 32, Major::kMN>(*reinterpret_cast<float (*)[16]>(&o[32]), a, wgmma_advance(v, kKeySlab),
+                                    true);
       } else {
-        multiply_columns<kHeadDim>(a, rows, o);
+        wgmma_rs<T, kHeadDim, Major::kMN>(o, a, v, true);
       }
     }
-  }
-
-  template <int kColumns>
-  VDIT_DEVICE static void multiply_columns(uint32_t const (&a)[4], char const* rows,
-                                           float (&o)[kColumns / 2]) {
-    uint64_t const v = wgmma_descriptor(rows, SmemSwizzle::k128, kKeySlab, 8 * kRowBytes);
-    wgmma_rs<T, kColumns, Major::kMN>(o, a, v, true);
   }
 
   // What keeps the maximum rule simple: scores are turned so that a larger one weighs more.
@@ -457,7 +454,7 @@ struct BlockSparseAttentionKernel {
     CUTE_UNROLL
     for (int i = 0; i < kScores; ++i) {
       float const exponent = s[i] * exponent_scale - base[i / 2 % 2];
-      s[i] = kShareExp2 && i / 4 % 5 == 4 ? fma_exp2(exponent) : fast_exp2(exponent);
+      s[i] = i / 4 < kFmaTiles ? fma_exp2(exponent) : fast_exp2(exponent);
       stats.sum[i / 2 % 2] += s[i];
     }
   }

@@ -105,4 +105,12 @@ struct SwizzledRows {
   using Tile = decltype(cute::tile_to_shape(Atom{}, cute::Shape<cute::Int<kRows>, cute::Int<kHeadDim>>{}));
 };
 
+// k-means: a better score, or the same at a lower index. NaN is never better.
+VDIT_DEVICE void keep_best(float& best, int& label, float score, int candidate) {
+  if (score > best || (score == best && candidate < label)) {
+    best = score;
+    label = candidate;
+  }
+}
+
 }  // namespace vdit

@@ -68,7 +68,15 @@ struct CudaBackend {
   static void run(Scope& s, MergeAttentionParams const& p, Tensor const&) { run_merge_attention_sm80(p, s.stream); }
   static void run(Scope& s, PermuteRowsParams const& p, Tensor const&) { run_permute_rows_sm80(p, s.stream); }
   static void run(Scope& s, MeanPoolBlocksParams const& p, Tensor const&) { run_mean_pool_blocks_sm80(p, s.stream); }
-  static void run(Scope& s, KMeansAssignParams const& p, Tensor const&) { run_kmeans_assign_sm80(p, s.stream); }
+  static void run(Scope& s, KMeansAssignParams const& p, Tensor const& like) {
+#ifdef VDIT_HAS_SM90
+    if (use_sm90(like) && can_run_kmeans_assign_sm90(p)) {
+      Tensor space = workspace(like, kmeans_assign_sm90_workspace_bytes(p));
+      return run_kmeans_assign_sm90(p, space.mutable_data_ptr(), s.stream);
+    }
+#endif
+    run_kmeans_assign_sm80(p, s.stream);
+  }
   static void run(Scope& s, LabelSortParams const& p, Tensor const& like) {
     Tensor space = workspace(like, label_sort_workspace_bytes(p));
     run_label_sort_sm80(p, space.mutable_data_ptr(), s.stream);

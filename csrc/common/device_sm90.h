@@ -423,8 +423,11 @@ VDIT_DEVICE uint64_t wgmma_descriptor(void const* smem, SmemSwizzle swizzle, int
 }
 
 // The same matrix `bytes` further on (a multiple of 16): a step along k is 32 bytes inside a kK row.
+// NOTE: only the low word is added to, where the address is: it stays below 2^14, and a carry would cost an
+// instruction for each product.
 VDIT_DEVICE uint64_t wgmma_advance(uint64_t descriptor, int bytes) {
-  return descriptor + static_cast<uint64_t>(bytes >> 4);
+  uint32_t const low = static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(bytes >> 4);
+  return (descriptor & 0xffffffff00000000u) | low;
 }
 
 #if !defined(VDIT_EMU)

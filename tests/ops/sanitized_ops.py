@@ -31,6 +31,7 @@ def run_all(ops) -> None:
         )
         centroids = x[:, :, : max(1, x.shape[2] // 9)].contiguous()
         labels = ops.kmeans_assign(x, centroids)
+        torch.ops.vdit_emu_sm90.kmeans_assign(x, centroids)
         sorted_idx, offsets = ops.label_sort(labels, centroids.shape[2])
         ops.segment_mean(x, sorted_idx, offsets, centroids)
         ops.unpermute_rows(ops.permute_rows(x, sorted_idx), sorted_idx)

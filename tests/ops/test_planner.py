@@ -111,61 +111,6 @@ def test_mean_pool_blocks_variable(backend, dtype):
     assert (out[:, :, 3] == 0).all(), "an empty block gives 0"
 
 
-# --- kmeans_assign ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=FLOAT_IDS)
-@pytest.mark.parametrize("dim", [64, 96, 128])
-@pytest.mark.parametrize("n,c", [(1, 1), (300, 17), (129, 130), (64, 3)])
-def test_kmeans_assign_finds_a_nearest_centroid(backend, dtype, dim, n, c):
-    x, centroids = rows(2, 2, n, dim, dtype=dtype), rows(2, 2, c, dim, seed=1, dtype=dtype, layout="bhsd")
-    labels = backend.ops.kmeans_assign(*on(backend, x, centroids)).cpu()
-    assert labels.dtype == torch.int32 and labels.min() >= 0 and labels.max() < c
-    distance = torch.cdist(x.double(), centroids.double()).square()
-    chosen = distance.gather(-1, labels.long()[..., None])[..., 0]
-    # Two centroids may be nearest to within fp32 rounding of the scores; anything further off is a mistake.
-    assert (chosen - distance.amin(-1)).max() <= 1e-4 * dim
-
-
-def test_kmeans_assign_ties_go_to_the_lowest_index(backend):
-    centroids = rows(1, 2, 5, 64, seed=3, layout="bhsd").bfloat16()
-    centroids = torch.cat([centroids, centroids, centroids], 2)
-    labels = backend.ops.kmeans_assign(*on(backend, rows(1, 2, 200, 64).bfloat16(), centroids))
-    assert labels.max() < 5
-
-
-def test_kmeans_assign_far_from_the_origin(backend):
-    """The expanded distance |x|^2 - 2xc + |c|^2 cancels there; the score must not."""
-    # Exact in bf16: the centroids differ in one coordinate only, by one step of that size.
-    centroids = torch.zeros(1, 1, 8, 64)
-    centroids[..., 0] = 64.0
-    centroids[0, 0, :, 1] = torch.arange(8.0)
-    x = centroids[:, :, [3, 1, 7, 0, 5]].clone()
-    labels = backend.ops.kmeans_assign(*on(backend, x.bfloat16(), centroids.bfloat16()))
-    assert labels.flatten().tolist() == [3, 1, 7, 0, 5]
-
-
-def test_kmeans_assign_nan_row_gets_zero_and_harms_nobody(backend):
-    x, centroids = rows(1, 1, 70, 64).bfloat16(), rows(1, 1, 9, 64, seed=1, layout="bhsd").bfloat16()
-    clean = backend.ops.kmeans_assign(*on(backend, x, centroids)).cpu()
-    x[0, 0, 13] = torch.nan
-    labels = backend.ops.kmeans_assign(*on(backend, x, centroids)).cpu()
-    assert labels[0, 0, 13] == 0
-    labels[0, 0, 13] = clean[0, 0, 13]
-    assert torch.equal(labels, clean)
-
-
-def test_kmeans_assign_refuses(backend):
-    x = rows(1, 2, 10, 64, dtype=torch.bfloat16)
-    for centroids, match in (
-        (rows(1, 2, 0, 64).bfloat16(), r"centroids must be \[1, 2, C >= 1, 64\], got \[1, 2, 0, 64\]"),
-        (rows(1, 1, 3, 64).bfloat16(), r"centroids must be \[1, 2, C >= 1, 64\], got \[1, 1, 3, 64\]"),
-        (rows(1, 2, 3, 64), "centroids must be bfloat16, got float32"),
-    ):
-        with pytest.raises(RuntimeError, match=match):
-            backend.ops.kmeans_assign(*on(backend, x, centroids))
-
-
 # --- label_sort, segment_mean -------------------------------------------------------------------------------
 
 
@@ -213,6 +158,40 @@ def test_segment_mean(backend, dtype, dim, n, c):
     assert torch.equal(out[:, :, -1].cpu(), fallback[:, :, -1]), "an empty segment takes the fallback"
     again = backend.ops.segment_mean(*on(backend, x, sorted_idx, offsets, fallback))
     assert torch.equal(out, again), "equal inputs give equal bits"
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=FLOAT_IDS)
+@pytest.mark.parametrize("dim", [8, 64, 136, 256])
+def test_segment_mean_falls_back_as_a_whole_where_a_column_is_not_finite(backend, dtype, dim):
+    x, fallback = rows(1, 2, 90, dim, dtype=dtype), rows(1, 2, 9, dim, seed=1, dtype=dtype)
+    labels = (torch.arange(90, dtype=torch.int32) % 9).expand(1, 2, -1).contiguous()
+    largest = torch.finfo(dtype).max
+    x[0, 0, 0, dim - 1] = torch.nan  # row i is in segment i % 9
+    x[0, 0, 10, 3] = torch.inf
+    x[0, 1, 2, 0] = -torch.inf
+    x[0, 1, [3, 12], 5] = torch.tensor([torch.inf, -torch.inf], dtype=dtype)
+    x[0, 1, 4::9, 1] = largest  # in fp16 the sum stays in fp32's range, and the mean in fp16's
+    sorted_idx, offsets = defs.label_sort_naive(labels, 9)
+    out = backend.ops.segment_mean(*on(backend, x, sorted_idx, offsets, fallback)).cpu()
+    expected = defs.segment_mean_naive(x, sorted_idx, offsets, fallback)
+    bad = [(0, 0), (0, 1), (1, 2), (1, 3)] + [(1, 4)] * (dtype != torch.float16)
+    for h in range(2):
+        for c in range(9):
+            assert torch.equal(out[0, h, c], fallback[0, h, c]) == ((h, c) in bad), (h, c)
+    assert out.isfinite().all()
+    scale = torch.where(expected.abs() > 100, expected.abs().double(), 1.0)
+    assert_close(
+        out / scale,
+        expected / scale,
+        tolerance={torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype],
+    )
+
+
+def test_segment_mean_hands_out_the_fallback_as_it_is(backend):
+    x, fallback = rows(1, 1, 4, 64), torch.full((1, 1, 2, 64), torch.inf)
+    labels = torch.zeros(1, 1, 4, dtype=torch.int32)
+    out = backend.ops.segment_mean(*on(backend, x, *defs.label_sort_naive(labels, 2), fallback)).cpu()
+    assert out[0, 0, 0].isfinite().all() and (out[0, 0, 1] == torch.inf).all()
 
 
 # --- topk_blocks, topp_blocks -------------------------------------------------------------------------------

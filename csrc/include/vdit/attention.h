@@ -102,7 +102,8 @@ struct LabelSortParams {
 };
 
 // out[c] = mean over i in [offsets[c], offsets[c+1]) of x[sorted_idx[i]], fp32 sums in that order (no
-// atomics, so the result does not depend on timing); an empty segment takes fallback[c].
+// atomics, so the result does not depend on timing). An empty segment takes fallback[c], and so does, as a whole,
+// one whose mean has a column that is not finite in x's type.
 struct SegmentMeanParams {
   void const* x = nullptr;              // [b, h, n, d]
   int32_t const* sorted_idx = nullptr;  // [b, h, n] contiguous
@@ -205,5 +206,9 @@ int64_t topp_blocks_workspace_bytes(ToppBlocksParams const& p);
 // `workspace` holds the inverse of an index per head; without one, 0 bytes.
 void run_rms_norm_rope_sm80(RmsNormRopeParams const& p, void* workspace, void* stream);
 int64_t rms_norm_rope_workspace_bytes(RmsNormRopeParams const& p);
+// Compute capability 9.0: as for attention. What can_run_... refuses, fp32 for one, is for run_kmeans_assign_sm80.
+void run_kmeans_assign_sm90(KMeansAssignParams const& p, void* workspace, void* stream);
+int64_t kmeans_assign_sm90_workspace_bytes(KMeansAssignParams const& p);
+bool can_run_kmeans_assign_sm90(KMeansAssignParams const& p);
 
 }  // namespace vdit

@@ -460,11 +460,13 @@ def segment_mean(x: Tensor, sorted_idx: Tensor, offsets: Tensor, fallback: Tenso
     Args:
         x: ``[B, H, N, D]`` fp32, fp16 or bf16, D a multiple of 8 up to 256.
         sorted_idx, offsets: as :func:`label_sort` returns them.
-        fallback: ``[B, H, C, D]``, dtype of x: what an empty segment gets.
+        fallback: ``[B, H, C, D]``, dtype of x: what a segment gets that is empty, or whose mean is not finite
+            in some column (NaN or Inf in a row, a sum beyond fp32, or a mean beyond x's dtype): all of its
+            columns then.
 
     Returns:
         ``[B, H, C, D]`` in x's dtype, contiguous. Sums are fp32 in a fixed order: equal inputs give equal
-        bits. A segment with NaN or Inf in a row has it in its mean.
+        bits. It is finite where the fallback is.
 
     Raises:
         RuntimeError: one sentence, for another D, rows outside ``[0, N)``, or offsets that do not start at 0,
@@ -481,15 +483,17 @@ def _(x, sorted_idx, offsets, fallback):
 
 
 def segment_mean_naive(x: Tensor, sorted_idx: Tensor, offsets: Tensor, fallback: Tensor) -> Tensor:
-    """The definition in fp64. Arguments as :func:`segment_mean`."""
-    out = fallback.double().clone()
+    """The definition in fp64, except that sums may not exceed fp32. Arguments as :func:`segment_mean`."""
+    out = fallback.clone()
     for b in range(x.shape[0]):
         for h in range(x.shape[1]):
             bounds = offsets[b, h].tolist()
             for c, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-                if end > start:
-                    out[b, h, c] = x[b, h, sorted_idx[b, h, start:end].long()].double().mean(0)
-    return out.to(x.dtype)
+                total = x[b, h, sorted_idx[b, h, start:end].long()].double().sum(0)
+                mean = (total / (end - start)).to(x.dtype) if end > start else total
+                if end > start and bool((total.float().isfinite() & mean.isfinite()).all()):
+                    out[b, h, c] = mean
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------

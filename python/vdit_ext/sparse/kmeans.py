@@ -96,11 +96,9 @@ def kmeans(
     for _ in range(num_iters):
         labels = ops.kmeans_assign(x, centroids)
         sorted_idx, offsets = ops.label_sort(labels, num_clusters)
-        before, means = centroids, ops.segment_mean(x, sorted_idx, offsets, centroids)
-        # One bad member, or sums beyond fp32, make a mean NaN or Inf. Taking it over would kill the cluster: no
+        # The fallback is for bad members, too: taking over a mean that is NaN or Inf would kill the cluster: no
         # row is near it any more, the bad row moves on to the next cluster, and so until none is left.
-        finite = means.abs().amax(-1, keepdim=True) < torch.inf  # false for NaN too
-        centroids = torch.where(finite, means, before)
+        before, centroids = centroids, ops.segment_mean(x, sorted_idx, offsets, centroids)
         if tolerance is not None:
             shift = (centroids.float() - before.float()).norm(dim=-1).max()
             if float(shift) < tolerance:

@@ -506,15 +506,17 @@ def add_text_blocks(
     prompt_ids = torch.arange(prompt_blocks, device=device, dtype=torch.int32) + first_prompt
     video_ids = torch.arange(num_kv_blocks, device=device, dtype=torch.int32) + first_video
 
-    slots = torch.arange(out_width, device=device)
-    video = torch.nn.functional.pad(kv_indices[..., :num_kv_blocks], (0, max(0, num_kv_blocks - width)))
+    slots = torch.arange(out_width, device=device, dtype=torch.int32)
+    video = kv_indices[..., :num_kv_blocks]
+    if width < num_kv_blocks:  # to pad by nothing would copy the lists
+        video = torch.nn.functional.pad(video, (0, num_kv_blocks - width))
     counts = kv_num_blocks[..., None]
     if layout.text_first:
         lists = torch.cat([prompt_ids.expand(batch, heads, num_q, -1), video + first_video], -1)
     else:
         lists = torch.nn.functional.pad(video, (0, prompt_blocks))
         # The prompt's ids follow on the video's, so slot minus count numbers them.
-        lists = torch.where(slots >= counts, (slots - counts + first_prompt).int(), lists)
+        lists = torch.where(slots >= counts, slots - counts + first_prompt, lists)
     lists = torch.where(slots < counts + prompt_blocks, lists, 0)
 
     everything = torch.cat([prompt_ids, video_ids] if layout.text_first else [video_ids, prompt_ids])

@@ -94,6 +94,9 @@ class LayerState:
 class ClusterState(LayerState):
     """SVG2's state: the centroids of queries and keys, kept from step to step.
 
+    A call with centroids in the cache can be captured in a CUDA graph, and each replay moves them on. The first
+    call of a video cannot: it draws rows on the host.
+
     Args:
         iter_init, iter_step: Lloyd iterations of a first and of a later call.
         init, tolerance, seed: as in :func:`vdit_ext.sparse.kmeans.kmeans`.
@@ -149,8 +152,12 @@ class ClusterState(LayerState):
             seed=(settings["seed"] * self.num_layers + self.layer) * 2 + (side == "k"),
             tolerance=settings["tolerance"],
         )
-        # A copy: compiled code may reuse the memory of what the op returns.
-        self.centroids[slot] = found.centroids.clone()
+        # A copy, because compiled code may reuse the memory of what the op returns; and in place, so that each
+        # replay of a captured CUDA graph starts from the centroids that the last one left.
+        if cached is None:
+            with torch.inference_mode(False):  # the cache outlives the caller's mode
+                self.centroids[slot] = torch.empty_like(found.centroids)
+        self.centroids[slot].copy_(found.centroids)
         return found.centroids, found.sorted_idx, found.offsets
 
 

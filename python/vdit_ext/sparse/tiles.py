@@ -38,9 +38,12 @@ def tile_order(layout: TokenLayout, tile: tuple[int, int], device: torch.device)
 
 def _cached(build, grid, tile, device):
     # A compiled region traces the arithmetic, which folds or fuses; eager code would repeat it at every layer.
-    return (
-        build(grid, tile, device) if torch.compiler.is_compiling() else _cached_build(build, grid, tile, device)
-    )
+    # What a CUDA graph captures is there only from its first replay on: nothing for others to find.
+    if torch.compiler.is_compiling() or (
+        device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    ):
+        return build(grid, tile, device)
+    return _cached_build(build, grid, tile, device)
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,87 @@
+"""Instructions of a stage in the main loop of block_sparse_attention for compute capability 9.0, by pipe.
+
+    python bench/loop_cost.py LIBRARY_OR_OBJECT [--cuobjdump PATH]
+
+Reads the machine code (cuobjdump -sass, which comes with the CUDA toolkit; no GPU is needed). The loop is the
+one around the second product's wgmma; what it jumps over in the usual case (the scores' sign, the last stage's
+mask, raised maxima) is left out. A scheduler issues one instruction a cycle, for a quarter of the consumers'
+warps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+LINE = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);")
+BRANCH = re.compile(r"BRA (?:\S+, )?0x([0-9a-f]+)")
+RARE = 30  # a branch over more instructions than this skips a rare case
+SLOT = 16  # bytes an instruction
+
+
+def functions(sass: str) -> dict[str, list[tuple[int, str]]]:
+    """Address and text of the instructions, by function."""
+    found = {}
+    for part in sass.split("Function : ")[1:]:
+        name, _, body = part.partition("\n")
+        found[name.strip()] = [(int(m[1], 16), m[2]) for line in body.splitlines() if (m := LINE.search(line))]
+    return found
+
+
+def main_loop(code: list[tuple[int, str]]) -> list[tuple[int, str]] | None:
+    """The instructions of the loop around the second product, whose operand is transposed."""
+    products = [at for at, text in code if text.startswith("HGMMA") and "tnspB" in text]
+    for at, text in code:
+        branch = BRANCH.search(text)
+        if products and branch and int(branch[1], 16) < products[0] < at:
+            return [entry for entry in code if int(branch[1], 16) <= entry[0] <= at]
+    return None
+
+
+def usual(loop: list[tuple[int, str]]) -> list[str]:
+    """Opcodes of the loop without what it usually jumps over."""
+    skipped, last = set(), loop[-1][0]
+    for at, text in loop:
+        branch = BRANCH.search(text)
+        if not branch or not text.startswith("@"):
+            continue
+        target = int(branch[1], 16)
+        if at < target <= last and target - at > RARE * SLOT:
+            skipped.update(range(at + SLOT, target, SLOT))
+    kept = [re.sub(r"^@\S+ ", "", text) for at, text in loop if at not in skipped]
+    return [text.split()[0].split(".")[0] for text in kept]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("code", type=Path, help="libvdit_kernels_cuda.so, or an object file")
+    parser.add_argument("--cuobjdump", default=shutil.which("cuobjdump"), help="where it is not on PATH")
+    args = parser.parse_args()
+    if args.cuobjdump is None:
+        print("loop_cost: cuobjdump is not on PATH; install the CUDA toolkit or pass it", file=sys.stderr)
+        return 77
+    done = subprocess.run([args.cuobjdump, "-sass", str(args.code)], capture_output=True, text=True)
+    if done.returncode != 0:
+        print(f"loop_cost: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return 1
+    shown = 0
+    for name, code in functions(done.stdout).items():
+        if "BlockSparseAttentionKernel" not in name or (loop := main_loop(code)) is None:
+            continue
+        counts = Counter(usual(loop))
+        kinds = ", ".join(f"{kind} {n}" for kind, n in counts.most_common(8))
+        size = re.search(r"Li(\d+)E", name)
+        print(f"D={size[1] if size else '?'}: {sum(counts.values())} instructions a warp and stage ({kinds})")
+        shown += 1
+    if shown == 0:
+        print("loop_cost: no kernel of compute capability 9.0 was found there", file=sys.stderr)
+    return int(shown == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
