@@ -546,6 +546,38 @@ def topp_case(i: PlannerInputs):
     return case, {"torch": torch_formula}
 
 
+def rope_case(i: PlannerInputs):
+    """Wan's form, into another token order: norm over all heads, neighbouring pairs, fp32 tables of width D."""
+    x, (h, d) = i.x, (i.size.heads, i.size.dim)
+    gen = torch.Generator(i.device).manual_seed(1)
+    weight = torch.randn(h * d, generator=gen, device=i.device).to(i.dtype)
+    angle = torch.rand(i.size.tokens, d // 2, generator=gen, device=i.device) * 90
+    cos, sin = (t.repeat_interleave(2, -1)[None, None] for t in (angle.cos(), angle.sin()))
+    order = torch.rand(i.size.tokens, generator=gen, device=i.device).argsort()
+    index = order.int()[None, None]
+
+    def torch_formula():
+        y = torch.nn.functional.rms_norm(x.transpose(1, 2).flatten(2), (h * d,), weight, 1e-6)
+        first, second = y.unflatten(2, (h, d // 2, 2)).transpose(1, 2).unbind(-1)
+        out = torch.empty_like(x)
+        out[..., 0::2] = first * cos[..., 0::2] - second * sin[..., 0::2]
+        out[..., 1::2] = first * sin[..., 1::2] + second * cos[..., 1::2]
+        return out.index_select(2, order)
+
+    def check(result) -> None:
+        rows = sample_rows(i.size.tokens, 2048).to(i.device)
+        source = order[rows]
+        parts = (t[:, :, source].cpu() for t in (x, cos, sin))
+        part, c, s = parts
+        expected = defs.rms_norm_rope_naive(part, weight.cpu(), c, s, across_heads=True)
+        assert_close(result[:, :, rows], expected, tolerance=TOLERANCE[i.dtype] / 2)
+
+    call = lambda: ops.rms_norm_rope(x, weight, cos, sin, index=index, across_heads=True)  # noqa: E731
+    case = Case("rms_norm_rope", i.size.name, i.dtype, call, check)
+    case.nbytes = 2 * _nbytes(x) + _nbytes(weight, cos, sin, index)
+    return case, {"torch": torch_formula}
+
+
 PLANNER = {
     "merge_attention": merge_case,
     "permute_rows": permute_case,
@@ -556,6 +588,7 @@ PLANNER = {
     "segment_mean": segment_mean_case,
     "topk_blocks": topk_case,
     "topp_blocks": topp_case,
+    "rms_norm_rope": rope_case,
 }
 
 

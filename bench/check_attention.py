@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from cases import attention as cases
+from cases import rope as rope_cases
 from torch import Tensor
 
 import vdit_ext
@@ -237,6 +238,64 @@ def mean_pool_blocks_cases(backend: Backend, large: bool) -> Iterator[Named]:
             assert_close(got, backend.expected("mean_pool_blocks", x, offsets=offsets), tolerance=3e-6)
 
         yield f"variable {short_name(dtype)}", variable
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Norm and rotary embedding
+# ---------------------------------------------------------------------------------------------------------
+
+ONE_ROUNDING = {torch.float32: 2e-6, torch.float16: 2**-11 + 2e-6, torch.bfloat16: 2**-8 + 2e-6}
+
+
+def rms_norm_rope_cases(backend: Backend, large: bool) -> Iterator[Named]:
+    for case in rope_cases.every:
+        for dtype in backend.dtypes():
+
+            def run(c=case, t=dtype):
+                inputs = rope_cases.make_norm_rope(c, t)
+                got = backend.run("rms_norm_rope", *inputs.args, **inputs.kwargs)
+                expected = defs.rms_norm_rope_naive(inputs.x.double(), *inputs.args[1:], **inputs.kwargs)
+                assert_close(got, expected, tolerance=ONE_ROUNDING[t])
+                index = inputs.kwargs.pop("index", None)
+                if index is not None:
+                    straight = backend.run("rms_norm_rope", *inputs.args, **inputs.kwargs)
+                    same(got, defs.permute_rows_naive(straight.cpu(), index), "in another order")
+
+            yield f"{case} {short_name(dtype)}", run
+    if backend.name == "cuda":
+        yield "an index per head in a CUDA graph, replayed", lambda: check_norm_rope_graph(backend)
+        if large:
+            for lead in ((1, 1), (1, 24)):
+                yield f"over_2e31_elements index {list(lead)}", lambda n=lead: check_huge_norm_rope(backend, n)
+
+
+def check_norm_rope_graph(backend: Backend) -> None:
+    x = rows(1, 3, 500, 128, dtype=torch.bfloat16).cuda()
+    index = permutation(1, 3, 500).cuda()
+    expected = backend.ops.rms_norm_rope(x, index=index)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = backend.ops.rms_norm_rope(x, index=index)
+    for _ in range(3):
+        captured.zero_()
+        graph.replay()
+        same(captured, expected, "the replay")
+
+
+def check_huge_norm_rope(backend: Backend, lead: tuple[int, int]) -> None:
+    tokens, heads = 720_000, 24
+    x = torch.empty(1, tokens, heads, 128, device="cuda", dtype=torch.bfloat16).normal_().transpose(1, 2)
+    assert x.numel() > 2**31
+    cos, sin = torch.rand(2, 1, 1, tokens, 128, device="cuda")
+    index = torch.rand(*lead, tokens, device="cuda").argsort(-1).int()
+    got = backend.ops.rms_norm_rope(x, None, cos, sin, index=index)
+    some = torch.tensor([0, tokens // 2, tokens - 1], device="cuda")
+    for h in (0, heads - 1):
+        there = index[0, h % lead[1], some].long()
+        parts = (t[:, :, there] for t in (x[:, h : h + 1], cos, sin))
+        part, c, s = (t.cpu() for t in parts)
+        expected = defs.rms_norm_rope_naive(part, None, c, s)
+        assert_close(got[:, h : h + 1, some], expected, tolerance=2**-8, what=f"rows of head {h}")
 
 
 # ---------------------------------------------------------------------------------------------------------

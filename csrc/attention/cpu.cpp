@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention/cpu_kernels.h"
+#include "common/cpu/element.h"
 #include "common/cpu/isa.h"
 #include "common/cpu/parallel.h"
 
@@ -164,6 +165,53 @@ void run_label_sort_cpu(LabelSortParams const& p, ParallelFor const& parallel) {
     for (int32_t c = 0; c < p.num_labels; ++c) offsets[c + 1] += offsets[c];
     std::vector<int32_t> next(offsets, offsets + p.num_labels);
     for (int64_t i = 0; i < p.num_rows; ++i) sorted[next[labels[i]]++] = static_cast<int32_t>(i);
+  });
+}
+
+// ---- norm and rotary embedding ----
+
+namespace {
+
+template <class T>
+std::vector<float> to_floats(T const* x, int64_t n) {
+  std::vector<float> out(n);
+  for (int64_t i = 0; i < n; ++i) out[i] = to_float(x[i]);
+  return out;
+}
+
+// inverse[b|1, h, index[b|1, h, i]] = i
+std::vector<int32_t> invert_index(RmsNormRopeParams const& p, ParallelFor const& parallel) {
+  int64_t const maps = (p.stride_index.b != 0 ? p.batch : 1) * p.heads;
+  std::vector<int32_t> inverse(maps * p.seqlen);
+  for_each_item(parallel, maps, [&](int64_t map) {
+    int32_t const* const index =
+        p.index + map / p.heads * p.stride_index.b + map % p.heads * p.stride_index.h;
+    for (int64_t i = 0; i < p.seqlen; ++i) inverse[map * p.seqlen + index[i]] = static_cast<int32_t>(i);
+  });
+  return inverse;
+}
+
+}  // namespace
+
+void run_rms_norm_rope_cpu(RmsNormRopeParams const& given, ParallelFor const& parallel) {
+  AttentionCpuKernels const& kernel = kernels();
+  RmsNormRopeParams p = given;
+  std::vector<float> weight;
+  if (p.weight != nullptr && p.weight_dtype != DType::kFloat32) {
+    int64_t const n = p.stride_weight_h == 0 ? p.head_dim : p.heads * p.head_dim;
+    weight = p.weight_dtype == DType::kFloat16 ? to_floats(static_cast<Float16 const*>(p.weight), n)
+                                               : to_floats(static_cast<BFloat16 const*>(p.weight), n);
+    p.weight = weight.data();
+    p.weight_dtype = DType::kFloat32;
+  }
+  std::vector<int32_t> inverse;
+  if (p.index != nullptr && p.stride_index.h != 0) inverse = invert_index(p, parallel);
+  constexpr int64_t kTokens = 16;
+  int64_t const slices = (p.seqlen + kTokens - 1) / kTokens;
+  for_each_item(parallel, p.batch * slices, [&](int64_t i) {
+    int64_t const row = i % slices * kTokens;
+    int32_t const rows = static_cast<int32_t>(std::min(kTokens, p.seqlen - row));
+    kernel.norm_rope(p, inverse.empty() ? nullptr : inverse.data(), {i / slices, 0, 0, row, rows});
   });
 }
 

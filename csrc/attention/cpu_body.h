@@ -597,10 +597,128 @@ void merge(MergeAttentionParams const& p, CpuItem const& item) {
   }
 }
 
+// ---- norm and rotary embedding ----
+
+// One head of one token on its way, and what turns it. Behind head_dim stands anything.
+struct alignas(64) NormRopeRow {
+  float x[kCpuMaxHeadDim], partner[kCpuMaxHeadDim];  // the other channel of each pair
+  float cos[kCpuMaxHeadDim], sin[kCpuMaxHeadDim];    // sin with the sign of its channel: minus for the first
+  float sign[kCpuMaxHeadDim];
+};
+
+template <class T>
+inline float sum_squares(T const* x, int head_dim) {
+  Vec acc = Simd::set1(0.f);
+  int d = 0;
+  for (; d + kLanes <= head_dim; d += kLanes) acc = Simd::fma(Simd::load(x + d), Simd::load(x + d), acc);
+  float lane[kLanes], sum = 0.f;
+  Simd::store(lane, acc);
+  for (int i = 0; i < kLanes; ++i) sum += lane[i];
+  for (; d < head_dim; ++d) sum += to_float(x[d]) * to_float(x[d]);
+  return sum;
+}
+
+inline float inverse_rms(float sum, int64_t count, float eps) {
+  return 1.f / __builtin_sqrtf(sum / static_cast<float>(count) + eps);
+}
+
+// A row of a table as one value a channel.
+template <class Table>
+inline void load_angles(RmsNormRopeParams const& p, Table const* table, float* out) {
+  int const d = p.head_dim;
+  if (p.rope_width == d) return copy_row<false>(table, out, d);
+  if (p.interleaved) {
+    for (int i = 0; i < d / 2; ++i) out[2 * i] = out[2 * i + 1] = to_float(table[i]);
+  } else {
+    copy_row<false>(table, out, d / 2);
+    copy_row<false>(table, out + d / 2, d / 2);
+  }
+}
+
+template <class T>
+void load_angles(RmsNormRopeParams const& p, int64_t b, int64_t h, int64_t turn, NormRopeRow& t) {
+  Strides3 const c = p.stride_cos, s = p.stride_sin;
+  int64_t const cos = b * c.b + h * c.h + turn * c.s, sin = b * s.b + h * s.h + turn * s.s;
+  if (p.rope_dtype == DType::kFloat32) {
+    load_angles(p, static_cast<float const*>(p.cos) + cos, t.cos);
+    load_angles(p, static_cast<float const*>(p.sin) + sin, t.sin);
+  } else {
+    load_angles(p, static_cast<T const*>(p.cos) + cos, t.cos);
+    load_angles(p, static_cast<T const*>(p.sin) + sin, t.sin);
+  }
+  for (int d = 0; d < p.head_dim; d += kLanes)
+    Simd::store(t.sin + d, Simd::mul(Simd::load(t.sin + d), Simd::load(t.sign + d)));
+}
+
+inline void scale_row(float* x, float factor, float const* weight, int head_dim) {
+  Vec const factors = Simd::set1(factor);
+  for (int d = 0; d < head_dim; d += kLanes) Simd::store(x + d, Simd::mul(Simd::load(x + d), factors));
+  if (weight == nullptr) return;
+  int d = 0;
+  for (; d + kLanes <= head_dim; d += kLanes)
+    Simd::store(x + d, Simd::mul(Simd::load(x + d), Simd::load(weight + d)));
+  for (; d < head_dim; ++d) x[d] *= weight[d];
+}
+
+inline void rotate_row(NormRopeRow& t, bool interleaved, int head_dim) {
+  int const half = head_dim / 2;
+  if (!interleaved) {
+    std::memcpy(t.partner, t.x + half, sizeof(float) * half);
+    std::memcpy(t.partner + half, t.x, sizeof(float) * half);
+  }
+  for (int d = 0; d < head_dim; d += kLanes) {
+    Vec const x = Simd::load(t.x + d),
+              partner = interleaved ? Simd::swap_pairs(x) : Simd::load(t.partner + d);
+    Simd::store(t.x + d, Simd::fma(x, Simd::load(t.cos + d), Simd::mul(partner, Simd::load(t.sin + d))));
+  }
+}
+
+template <class T>
+void norm_rope_item(RmsNormRopeParams const& p, int32_t const* inverse, CpuItem const& item) {
+  NormRopeRow t = {};
+  int const dim = p.head_dim;
+  for (int d = 0; d < dim; ++d) t.sign[d] = (p.interleaved ? d % 2 == 0 : d < dim / 2) ? -1.f : 1.f;
+  int32_t const* const index = p.index ? p.index + item.b * p.stride_index.b : nullptr;
+  if (inverse != nullptr && p.stride_index.b != 0) inverse += item.b * p.heads * p.seqlen;
+  float const* const weight = static_cast<float const*>(p.weight);
+  bool const angles_differ = p.stride_cos.h != 0 || p.stride_sin.h != 0;
+
+  for (int64_t slot = item.row; slot < item.row + item.rows; ++slot) {
+    int64_t const token = index != nullptr && inverse == nullptr ? index[slot] : slot;
+    T const* const x = static_cast<T const*>(p.x) + item.b * p.stride_x.b + token * p.stride_x.s;
+    T* const out = static_cast<T*>(p.out) + item.b * p.stride_out.b;
+    int64_t const turn = token - p.rope_start;
+    bool const rotates = turn >= 0 && turn < p.rope_rows;
+    float factor = 1.f;
+    if (p.norm && p.across_heads) {
+      float sum = 0.f;
+      for (int64_t h = 0; h < p.heads; ++h) sum += sum_squares(x + h * p.stride_x.h, dim);
+      factor = inverse_rms(sum, p.heads * dim, p.eps);
+    }
+    for (int64_t h = 0; h < p.heads; ++h) {
+      copy_row<false>(x + h * p.stride_x.h, t.x, dim);
+      if (p.norm && !p.across_heads) factor = inverse_rms(sum_squares(t.x, dim), dim, p.eps);
+      if (p.norm) scale_row(t.x, factor, weight ? weight + h * p.stride_weight_h : nullptr, dim);
+      if (rotates && (h == 0 || angles_differ)) load_angles<T>(p, item.b, h, turn, t);
+      if (rotates) rotate_row(t, p.interleaved, dim);
+      int64_t const row = inverse ? inverse[h * p.seqlen + slot] : slot;
+      store_row(t.x, out + h * p.stride_out.h + row * p.stride_out.s, dim);
+    }
+  }
+}
+
+void norm_rope(RmsNormRopeParams const& p, int32_t const* inverse, CpuItem const& item) {
+  switch (p.dtype) {
+    case DType::kFloat32: return norm_rope_item<float>(p, inverse, item);
+    case DType::kFloat16: return norm_rope_item<Float16>(p, inverse, item);
+    case DType::kBFloat16: return norm_rope_item<BFloat16>(p, inverse, item);
+  }
+}
+
 }  // namespace
 }  // namespace vdit
 
 // The table of this unit.
-#define VDIT_ATTENTION_CPU_KERNELS                                            \
-  {vdit::Simd::kName, sizeof(vdit::Scratch), vdit::attend,      vdit::assign, \
-   vdit::merge,       vdit::mean_pool,       vdit::segment_mean}
+#define VDIT_ATTENTION_CPU_KERNELS                                             \
+  {vdit::Simd::kName, sizeof(vdit::Scratch), vdit::attend,       vdit::assign, \
+   vdit::merge,       vdit::mean_pool,       vdit::segment_mean, vdit::norm_rope}

@@ -25,6 +25,8 @@ struct AttentionCpuKernels {
   void (*merge)(MergeAttentionParams const& p, CpuItem const& item);
   void (*mean_pool)(MeanPoolBlocksParams const& p, CpuItem const& item);  // item.block
   void (*segment_mean)(SegmentMeanParams const& p, CpuItem const& item);  // item.block
+  // Tokens [row, row + rows), all heads. `inverse` [b|1, h, s] of an index per head, else null; fp32 weight.
+  void (*norm_rope)(RmsNormRopeParams const& p, int32_t const* inverse, CpuItem const& item);
 };
 
 extern AttentionCpuKernels const kAttentionPortable, kAttentionAvx2, kAttentionAvx512, kAttentionAvx512Bf16;

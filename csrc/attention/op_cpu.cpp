@@ -21,6 +21,7 @@ struct CpuBackend {
   static void run(Scope& s, SegmentMeanParams const& p, Tensor const&) { run_segment_mean_cpu(p, s.parallel); }
   static void run(Scope& s, TopkBlocksParams const& p, Tensor const&) { run_topk_blocks_cpu(p, s.parallel); }
   static void run(Scope& s, ToppBlocksParams const& p, Tensor const&) { run_topp_blocks_cpu(p, s.parallel); }
+  static void run(Scope& s, RmsNormRopeParams const& p, Tensor const&) { run_rms_norm_rope_cpu(p, s.parallel); }
 };
 
 }  // namespace vdit

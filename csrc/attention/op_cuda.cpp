@@ -90,6 +90,10 @@ struct CudaBackend {
     Tensor space = workspace(like, topp_blocks_workspace_bytes(p));
     run_topp_blocks_sm80(p, space.mutable_data_ptr(), s.stream);
   }
+  static void run(Scope& s, RmsNormRopeParams const& p, Tensor const& like) {
+    Tensor space = workspace(like, rms_norm_rope_workspace_bytes(p));
+    run_rms_norm_rope_sm80(p, space.mutable_data_ptr(), s.stream);
+  }
 };
 
 }  // namespace

@@ -460,6 +460,103 @@ struct AttentionOps {
     return {counts, lists};
   }
 
+  // --- rms_norm_rope -----------------------------------------------------------------------------------
+
+  static void check_float_like(char const* op, char const* name, Tensor const& t, Tensor const& x) {
+    check_same_device(op, name, t, x);
+    VDIT_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == x.scalar_type(), op, name,
+               " must be float32 or ", dtype_name(x.scalar_type()), " like x, got ", dtype_name(t.scalar_type()));
+  }
+
+  static void check_norm(char const* op, std::optional<Tensor> const& weight, std::optional<double> eps,
+                         Tensor const& x) {
+    VDIT_CHECK(!eps || *eps >= 0, op, "eps must be at least 0, or None for no norm, got ", *eps);
+    if (!weight) return;
+    VDIT_CHECK(eps, op, "weight must be None where eps is None, which means no norm");
+    check_float_like(op, "weight", *weight, x);
+    int64_t const d = x.size(3), all = x.size(1) * d;
+    VDIT_CHECK(weight->dim() == 1 && (weight->size(0) == d || weight->size(0) == all), op, "weight must be [", d,
+               "] or [", all, "], got ", shape_of(*weight));
+    VDIT_CHECK(weight->size(0) <= 1 || weight->stride(0) == 1, op, "weight must be contiguous, got stride ",
+               weight->stride(0), "; call .contiguous() on it");
+  }
+
+  static void check_tables(char const* op, std::optional<Tensor> const& cos, std::optional<Tensor> const& sin,
+                           int64_t rope_start, Tensor const& x) {
+    VDIT_CHECK(cos.has_value() == sin.has_value(), op, "cos and sin must both be given or both be None, got ",
+               cos ? "cos" : "sin", " alone");
+    if (!cos) return;
+    int64_t const b = x.size(0), h = x.size(1), d = x.size(3);
+    for (auto [name, t] : {std::pair{"cos", &*cos}, {"sin", &*sin}}) {
+      check_float_like(op, name, *t, x);
+      bool const fits = t->dim() == 4 && (t->size(0) == b || t->size(0) == 1) &&
+                        (t->size(1) == h || t->size(1) == 1) && (t->size(3) == d || t->size(3) == d / 2);
+      VDIT_CHECK(fits, op, name, " must be [", b, " or 1, ", h, " or 1, R, ", d, " or ", d / 2, "], got ",
+                 shape_of(*t));
+      VDIT_CHECK(t->stride(3) == 1 || t->numel() == 0, op, name,
+                 " must have a contiguous last dimension, got stride ", t->stride(3), "; call .contiguous() on it");
+    }
+    VDIT_CHECK(shape_of(*cos) == shape_of(*sin) && cos->scalar_type() == sin->scalar_type(), op,
+               "cos and sin must have one shape and dtype, got ", shape_of(*cos), " ", dtype_name(cos->scalar_type()),
+               " and ", shape_of(*sin), " ", dtype_name(sin->scalar_type()));
+    VDIT_CHECK(rope_start >= 0 && rope_start <= x.size(2) - cos->size(2), op, "the ", cos->size(2),
+               " rows of cos and sin must lie inside the ", x.size(2), " tokens, got rope_start ", rope_start);
+  }
+
+  static Tensor rms_norm_rope(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> cos,
+                              std::optional<Tensor> sin, std::optional<Tensor> index, bool across_heads,
+                              bool interleaved, int64_t rope_start, std::optional<double> eps) {
+    char const* op = "rms_norm_rope";
+    Shape4 const size = check_rows(op, "x", x);
+    check_planner_dim(op, x);
+    check_norm(op, weight, eps, x);
+    check_tables(op, cos, sin, rope_start, x);
+    if (index) {
+      check_list(op, "index", *index, x, 3, size.b, size.h);
+      VDIT_CHECK(index->size(2) == size.s, op, "index must have one entry for each of the ", size.s, " tokens, got ",
+                 index->size(2));
+      if (contents_checked()) check_index_contents(op, *index, size.s, true);
+    }
+    Scope scope(x);
+    Tensor out = empty_like_query(x);
+    if (out.numel() == 0) return out;
+    RmsNormRopeParams p;
+    p.x = x.const_data_ptr();
+    p.out = out.mutable_data_ptr();
+    p.stride_x = strides3(x);
+    p.stride_out = strides3(out);
+    if (weight) {
+      p.weight = weight->const_data_ptr();
+      p.weight_dtype = to_dtype(weight->scalar_type());
+      p.stride_weight_h = weight->size(0) == size.d ? 0 : size.d;
+    }
+    if (cos && cos->size(2) > 0) {
+      p.cos = cos->const_data_ptr();
+      p.sin = sin->const_data_ptr();
+      p.stride_cos = strides3(*cos);
+      p.stride_sin = strides3(*sin);
+      p.rope_start = rope_start;
+      p.rope_rows = cos->size(2);
+      p.rope_width = static_cast<int32_t>(cos->size(3));
+      p.rope_dtype = to_dtype(cos->scalar_type());
+    }
+    if (index) {
+      p.index = index->const_data_ptr<int32_t>();
+      p.stride_index = broadcast2(*index);
+    }
+    p.batch = size.b;
+    p.heads = size.h;
+    p.seqlen = size.s;
+    p.head_dim = static_cast<int32_t>(size.d);
+    p.eps = eps ? static_cast<float>(*eps) : 0.f;
+    p.norm = eps.has_value();
+    p.across_heads = across_heads;
+    p.interleaved = interleaved;
+    p.dtype = to_dtype(x.scalar_type());
+    Backend::run(scope, p, x);
+    return out;
+  }
+
   // -------------------------------------------------------------------------------------------------------
 
   static void bind(torch::stable::detail::StableLibrary& m) {
@@ -473,6 +570,7 @@ struct AttentionOps {
     m.impl("segment_mean", TORCH_BOX(&segment_mean));
     m.impl("topk_blocks", TORCH_BOX(&topk_blocks));
     m.impl("topp_blocks", TORCH_BOX(&topp_blocks));
+    m.impl("rms_norm_rope", TORCH_BOX(&rms_norm_rope));
   }
 };
 

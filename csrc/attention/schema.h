@@ -20,6 +20,9 @@ inline void define_attention_schemas(torch::stable::detail::StableLibrary& m) {
   m.def(
       "topk_blocks(Tensor scores, int k, *, bool per_head=False, bool keep_row_max=True) -> (Tensor, Tensor)");
   m.def("topp_blocks(Tensor scores, float p, *, Tensor? weights=None, int min_blocks=1) -> (Tensor, Tensor)");
+  m.def(
+      "rms_norm_rope(Tensor x, Tensor? weight=None, Tensor? cos=None, Tensor? sin=None, *, Tensor? index=None, "
+      "bool across_heads=False, bool interleaved=True, int rope_start=0, float? eps=1e-6) -> Tensor");
 }
 
 }  // namespace vdit

@@ -30,7 +30,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry  # noq
 
 import vdit_ext  # noqa: E402
 from vdit_ext import ops  # noqa: E402
-from vdit_ext.integrations import accelerate, explain, handle_of, load_pipeline  # noqa: E402
+from vdit_ext.integrations import accelerate, explain, handle_of, load_pipeline, processors  # noqa: E402
 from vdit_ext.integrations.root_hook import StepCounter  # noqa: E402
 from vdit_ext.sparse import SVG1, SVG2, BlockPlan, DraftAttention  # noqa: E402
 from vdit_ext.sparse.gate import is_dense_step  # noqa: E402
@@ -410,6 +410,192 @@ def test_undo_under_a_foreign_wrapper():
         run(model, **given)
         assert handle.stats()["sparse_calls"] == 2
     assert torch.equal(run(model, **given), 3 * want)
+
+
+# -- norm and rotation in one pass ------------------------------------------------------------------------
+
+
+def cast_inputs(dtype: torch.dtype, **settings) -> dict:
+    given = inputs((3, 5, 7), **settings)
+    return {k: v.to(dtype) if torch.is_tensor(v) and k != "timestep" else v for k, v in given.items()}
+
+
+def in_two_ways(monkeypatch, model, given, method) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A sparse call as it comes, the same with upstream's separate norm and rotation, and the op's calls."""
+    with accelerate(model, sparse=method):
+        with monkeypatch.context() as patch:
+            counted = Calls(patch, ops, "rms_norm_rope")
+            got = run(model, **given)
+        with monkeypatch.context() as patch:
+            patch.setattr(processors, "can_norm_and_rotate", lambda *args: False)
+            separate = run(model, **given)
+    return got, separate, counted.count
+
+
+@pytest.mark.parametrize("shuffle", [False, True], ids=["in_order", "hoisted"])
+@pytest.mark.parametrize("fused_projections", [False, True], ids=["projections", "fused_projections"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sparse_calls_norm_and_rotate_in_one_pass(monkeypatch, dtype, fused_projections, shuffle):
+    model, given = tiny_wan(), cast_inputs(dtype, batch=2)
+    for block in model.blocks:
+        for norm in (block.attn1.norm_q, block.attn1.norm_k):
+            nn.init.normal_(norm.weight, 1.0, 0.3)
+    model.to(dtype)
+    if fused_projections:
+        model.fuse_qkv_projections()
+    got, separate, calls = in_two_ways(monkeypatch, model, given, Banded(keep=0.4, shuffle=shuffle))
+    assert calls == 4, "q and k of two layers"
+    ulps = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]
+    assert_same(got.float(), separate.float(), ulps)
+    assert not torch.equal(got, separate), "they round differently"
+
+
+def test_one_pass_is_nearer_to_exact_than_separate_ones(monkeypatch):
+    model, given = tiny_wan(), cast_inputs(torch.bfloat16)
+    tables = copy.deepcopy(model.rope)
+    model.to(torch.bfloat16).rope = tables  # fp32, as ``from_pretrained`` leaves them
+    wide = copy.deepcopy(model).double()
+    exact_given = {k: v.double() if torch.is_tensor(v) and k != "timestep" else v for k, v in given.items()}
+    method = Banded(keep=0.4)
+    got, separate, calls = in_two_ways(monkeypatch, model, given, method)
+    assert calls == 4
+    with accelerate(wide, sparse=method, on_unsupported="reference"):
+        exact = run(wide, **exact_given)
+    far = [float((x.double() - exact).square().mean()) for x in (got, separate)]
+    assert far[0] <= 1.1 * far[1], far
+
+
+def test_autocast_norms_and_rotates_in_one_pass(monkeypatch):
+    """Weights of the norms are fp32 there, under bf16 activations."""
+    model, given = tiny_wan(), inputs((3, 5, 7))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, separate, calls = in_two_ways(monkeypatch, model, given, Banded(keep=0.4))
+    assert calls == 4
+    assert_same(got.float(), separate.float(), 2e-2)
+
+
+class OtherNorm(nn.RMSNorm):
+    pass
+
+
+def _with(what: str, model: nn.Module) -> None:
+    """Make the norm of q in the first block, or the tables, something that one pass does not stand for."""
+    attn = model.blocks[0].attn1
+    norm = attn.norm_q
+    if what == "forward_hook":
+        norm.register_forward_hook(lambda module, args, output: 2 * output)
+    elif what == "forward_pre_hook":
+        norm.register_forward_pre_hook(lambda module, args: (3 + args[0],))
+    elif what == "replaced_forward":
+        forward = norm.forward
+        norm.forward = lambda x: 2 * forward(x)
+    elif what == "other_class":
+        attn.norm_q = OtherNorm(norm.normalized_shape, norm.eps)
+    elif what == "layer_norm":
+        attn.norm_q = nn.LayerNorm(norm.normalized_shape)
+    elif what == "no_eps":
+        norm.eps = None
+    elif what == "fp64_weight":
+        attn.norm_q = norm.double()
+    elif what == "fp64_tables":
+        model.rope.register_forward_hook(lambda module, args, tables: tuple(t.double() for t in tables))
+    elif what == "tables_for_each_head":
+        model.rope.register_forward_hook(
+            lambda module, args, tables: tuple(t.expand(-1, -1, 2, -1) for t in tables)
+        )
+    elif what == "strided_tables":
+        model.rope.register_forward_hook(lambda module, args, tables: tuple(_strided(t) for t in tables))
+    elif what == "quantized_weight":
+        norm.weight = nn.Parameter(norm.weight.detach().as_subclass(TaggedTensor), requires_grad=False)
+
+
+class TaggedTensor(torch.Tensor):
+    """Stands for the tensor classes of quantization and sharding."""
+
+
+def _strided(table: torch.Tensor) -> torch.Tensor:
+    return table.repeat_interleave(2, -1)[..., ::2]
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "forward_hook",
+        "forward_pre_hook",
+        "replaced_forward",
+        "other_class",
+        "layer_norm",
+        "no_eps",
+        "fp64_weight",
+        "fp64_tables",
+        "tables_for_each_head",
+        "strided_tables",
+        "quantized_weight",
+    ],
+)
+def test_what_one_pass_does_not_stand_for_stays_separate(monkeypatch, what):
+    model, given = tiny_wan(layers=1), inputs((3, 5, 7))
+    _with(what, model)
+    got, separate, calls = in_two_ways(monkeypatch, model, given, Banded(keep=0.4))
+    assert calls == 0 and torch.equal(got, separate)
+
+
+def test_a_norm_that_is_trained_stays_separate(monkeypatch):
+    """And is refused, as everything that asks for gradients is."""
+    counted = Calls(monkeypatch, ops, "rms_norm_rope")
+    model = tiny_wan().requires_grad_(False)
+    model.blocks[0].attn1.norm_k.weight.requires_grad_(True)
+    with accelerate(model, sparse=Banded()):
+        with refused("gradients must not be asked for, call the model under"):
+            model(**inputs())
+        assert counted.count == 0
+        run(model, **inputs())
+        assert counted.count == 4
+
+
+def test_calls_that_the_kernels_do_not_serve_stay_separate(monkeypatch):
+    counted = Calls(monkeypatch, ops, "rms_norm_rope")
+    model, given = tiny_wan(), inputs()
+    block, tokens = model.blocks[0].attn1, torch.randn(1, 72, 128)
+    mask = torch.ones(1, 1, 72, 72, dtype=torch.bool)
+    with accelerate(model, sparse=Banded(dense_steps=1)):
+        run(model, **given)  # dense
+    with accelerate(model):
+        run(model, **given)  # no method
+    with torch.no_grad(), accelerate(model, sparse=Banded(), on_unsupported="dense"):
+        block(tokens, None, mask)
+    with accelerate(model.double(), sparse=Banded(), on_unsupported="reference"):
+        run(model, **{k: v.double() if torch.is_tensor(v) and k != "timestep" else v for k, v in given.items()})
+    assert counted.count == 0
+
+
+def test_one_pass_without_a_rotary_embedding(monkeypatch):
+    model, tokens = tiny_wan(layers=1), torch.randn(1, 72, 128)
+    attention = model.blocks[0].attn1
+    counted = Calls(monkeypatch, ops, "rms_norm_rope")
+    with torch.no_grad():
+        want = attention(tokens)
+        with accelerate(model, sparse=Banded()):
+            run(model, **inputs())  # sets the layout
+            counted.count = 0
+            attention.processor.dense = False
+            assert_same(attention(tokens), want)
+    assert counted.count == 2
+
+
+def test_compiled_blocks_norm_and_rotate_in_one_pass():
+    class Targets(Counter):
+        def __call__(self, graph, example_inputs):
+            self.names = [str(node.target) for node in graph.graph.nodes]
+            return super().__call__(graph, example_inputs)
+
+    model, given, counter = tiny_wan(layers=3), inputs((3, 5, 7)), Targets()
+    with fresh_compiler(), accelerate(model, sparse=Banded(keep=0.4)):
+        want = run(model, **given)
+        model.compile_repeated_blocks(fullgraph=True, backend=counter)
+        assert_same(run(model, **given), want)
+    assert counter.graphs == 1
+    assert sum("rms_norm_rope" in name for name in counter.names) == 2
 
 
 # -- compilation ------------------------------------------------------------------------------------------

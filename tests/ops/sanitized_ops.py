@@ -10,6 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cases import attention as cases
+from cases import rope as rope_cases
 
 
 def main(library: str) -> None:
@@ -38,6 +39,10 @@ def run_all(ops) -> None:
         ops.topk_blocks(scores, 7, per_head=True)
         ops.topk_blocks(scores, 2)
         ops.topp_blocks(scores, 0.8, min_blocks=2)
+        print("ran", ops.name, case.name, flush=True)
+    for case in rope_cases.every:
+        inputs = rope_cases.make_norm_rope(case, torch.bfloat16)
+        ops.rms_norm_rope(*inputs.args, **inputs.kwargs)
         print("ran", ops.name, case.name, flush=True)
 
 

@@ -365,6 +365,7 @@ OPCHECKS = {
     "merge_attention": lambda: (
         rows(1, 2, 9, 64), torch.randn(1, 2, 9), rows(1, 2, 9, 64), torch.randn(1, 2, 9)
     ),
+    "rms_norm_rope": lambda: (rows(1, 2, 9, 64), torch.randn(64), *torch.randn(2, 1, 1, 7, 64)),
 }  # fmt: skip
 
 

@@ -49,6 +49,8 @@ struct Simd {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, set1(0.f), _CMP_EQ_OQ), y);
   }
 
+  static Vec swap_pairs(Vec x) { return _mm256_permute_ps(x, 0xb1); }
+
   static void keep_larger(Vec& best, IntVec& index, Vec x, int32_t i) {
     Vec const larger = _mm256_cmp_ps(x, best, _CMP_GT_OQ);
     best = _mm256_blendv_ps(best, x, larger);

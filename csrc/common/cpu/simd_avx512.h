@@ -59,6 +59,8 @@ struct Simd {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set1(0.f), _CMP_NEQ_UQ), y);
   }
 
+  static Vec swap_pairs(Vec x) { return _mm512_permute_ps(x, 0xb1); }
+
   static void keep_larger(Vec& best, IntVec& index, Vec x, int32_t i) {
     __mmask16 const larger = _mm512_cmp_ps_mask(x, best, _CMP_GT_OQ);
     best = _mm512_mask_mov_ps(best, larger, x);

@@ -45,6 +45,9 @@ struct Simd {
   static Vec zero_if_neg_inf(Vec x) { return select(x == set1(-__builtin_inff()), set1(0.f), x); }
   static Vec zero_if_zero(Vec x, Vec y) { return select(x == set1(0.f), set1(0.f), y); }
 
+  // Lanes 1, 0, 3, 2, ...
+  static Vec swap_pairs(Vec x) { return Vec{x[1], x[0], x[3], x[2]}; }
+
   // Where x > best: best = x and index = i.
   static void keep_larger(Vec& best, IntVec& index, Vec x, int32_t i) {
     IntVec const larger = x > best;

@@ -148,6 +148,30 @@ struct ToppBlocksParams {
   int64_t min_blocks = 1;
 };
 
+// out[i] = rope(norm(x[index[i]])), the norm and the rotation of the token that is read; fp32 throughout, rounded once.
+//   norm: x / sqrt(mean of squares + eps) * weight, the mean over the head, or over all heads of the token.
+//   rope: out_c = x_c cos_c -+ x_c' sin_c over pairs (c, c') of channels, minus for the first of a pair; pairs are
+//   neighbours (interleaved) or d / 2 apart. Tokens outside of [rope_start, rope_start + rope_rows) are not rotated.
+struct RmsNormRopeParams {
+  void const* x = nullptr;         // [b, h, s, d]
+  void const* weight = nullptr;    // [d] or [h, d], contiguous, or null for all 1
+  void const* cos = nullptr;       // [b|1, h|1, r, d or d/2] or null: no rotation
+  void const* sin = nullptr;       // likewise
+  int32_t const* index = nullptr;  // [b|1, h|1, s], a permutation, or null for the order of x
+  void* out = nullptr;             // [b, h, s, d]
+  Strides3 stride_x, stride_out, stride_cos, stride_sin;
+  Strides2 stride_index;
+  int64_t stride_weight_h = 0;  // 0 or d
+  int64_t batch = 0, heads = 0, seqlen = 0;
+  int64_t rope_start = 0, rope_rows = 0;
+  int32_t head_dim = 0;
+  int32_t rope_width = 0;  // d: a value for each channel; d/2: one for each pair
+  float eps = 1e-6f;
+  bool norm = true, across_heads = false, interleaved = true;
+  DType dtype = DType::kFloat32;
+  DType weight_dtype = DType::kFloat32, rope_dtype = DType::kFloat32;  // fp32 or dtype
+};
+
 // CPU: portable, AVX2 and AVX-512 bodies, chosen at run time. Arguments are trusted: the callers' checks
 // (csrc/attention/checks.h) come first.
 void run_block_sparse_attention_cpu(BlockSparseAttentionParams const& p, ParallelFor const& parallel);
@@ -159,6 +183,7 @@ void run_label_sort_cpu(LabelSortParams const& p, ParallelFor const& parallel);
 void run_segment_mean_cpu(SegmentMeanParams const& p, ParallelFor const& parallel);
 void run_topk_blocks_cpu(TopkBlocksParams const& p, ParallelFor const& parallel);
 void run_topp_blocks_cpu(ToppBlocksParams const& p, ParallelFor const& parallel);
+void run_rms_norm_rope_cpu(RmsNormRopeParams const& p, ParallelFor const& parallel);
 
 // CUDA, compute capability 8.0 and up. `stream` is a cudaStream_t. Nothing waits for the device.
 // Attention wants its rows (q, k, v, out) at multiples of 16 bytes, and throws std::runtime_error where they are not.
@@ -180,6 +205,9 @@ void run_topk_blocks_sm80(TopkBlocksParams const& p, void* workspace, void* stre
 int64_t topk_blocks_workspace_bytes(TopkBlocksParams const& p);
 void run_topp_blocks_sm80(ToppBlocksParams const& p, void* workspace, void* stream);
 int64_t topp_blocks_workspace_bytes(ToppBlocksParams const& p);
+// `workspace` holds the inverse of an index per head; without one, 0 bytes.
+void run_rms_norm_rope_sm80(RmsNormRopeParams const& p, void* workspace, void* stream);
+int64_t rms_norm_rope_workspace_bytes(RmsNormRopeParams const& p);
 // Compute capability 9.0: as for attention. What can_run_... refuses, fp32 for one, is for run_kmeans_assign_sm80.
 void run_kmeans_assign_sm90(KMeansAssignParams const& p, void* workspace, void* stream);
 int64_t kmeans_assign_sm90_workspace_bytes(KMeansAssignParams const& p);

@@ -74,7 +74,8 @@ def accelerate(
     """Give the self-attention layers of a diffusers transformer to a sparse method, in place and undoably.
 
     Cross-attention stays as it is, and so do the weights. In steps that the method calls dense in every layer,
-    the model computes what it did before, bit for bit.
+    the model computes what it did before, bit for bit. Sparse calls norm and rotate q and k in one pass, which
+    rounds once instead of after every operation, unless a norm is not the model's own or has hooks.
 
     Args:
         model_or_pipeline: a transformer of a class in :data:`MODELS`, or a pipeline that holds such models

@@ -87,6 +87,58 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+def can_norm_and_rotate(
+    norm: torch.nn.Module, x: Tensor, heads: int, rotary_emb: tuple[Tensor, Tensor] | None
+) -> bool:
+    """Whether :func:`norm_and_rotate` stands for ``rotate_pairs(norm(x))`` on ``x [B, S, H * D]``.
+
+    It does for torch's own RMSNorm over all heads, which nothing hooks into, quantizes or trains, and for
+    tables in the form that ``WanRotaryPosEmbed`` gives.
+    """
+    weight = norm.weight
+    plain = (
+        type(norm) is torch.nn.RMSNorm
+        and norm.eps is not None
+        and tuple(norm.normalized_shape) == (x.shape[2],)
+        # Offloading and the like replace `forward` instead of registering a hook.
+        and not (norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__)
+    )
+    if not plain:
+        return False
+    if weight is not None:
+        trained = weight.requires_grad and torch.is_grad_enabled()
+        if trained or type(weight) is not torch.nn.Parameter or not _goes_with(weight, x):
+            return False
+    if rotary_emb is None:
+        return True
+    form = (1, x.shape[1], 1, x.shape[2] // heads)
+    cos, sin = rotary_emb
+    return cos.dtype == sin.dtype and all(
+        tuple(t.shape) == form and t.stride(3) == 1 and _goes_with(t, x) for t in rotary_emb
+    )
+
+
+def _goes_with(t: Tensor, x: Tensor) -> bool:
+    return t.device == x.device and t.dtype in (torch.float32, x.dtype)
+
+
+def norm_and_rotate(
+    norm: torch.nn.RMSNorm, x: Tensor, heads: int, rotary_emb: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """``rotate_pairs(norm(x))`` in one pass over memory, rounded once, where upstream's several round each.
+
+    Args:
+        x: ``[B, S, H * D]``.
+        rotary_emb: cos and sin ``[1, S, 1, D]``, every value twice; None for the norm alone.
+
+    Returns:
+        ``[B, S, H, D]`` in x's dtype.
+    """
+    cos, sin = (None, None) if rotary_emb is None else (t.transpose(1, 2) for t in rotary_emb)
+    x = x.unflatten(2, (heads, -1)).transpose(1, 2)
+    return ops.rms_norm_rope(x, norm.weight, cos, sin, across_heads=True, eps=norm.eps).transpose(1, 2)
+
+
 def attend_naive(plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention under a plan by the ops' definitions, ``[B, H, S, D]`` in, out; any dtype and head size."""
     if plan.kv_index is not None:
@@ -192,17 +244,20 @@ class SparseProcessor:
             parallel_config=None,
         )
 
+    def gap(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+        """Why the kernels cannot serve this call, or None; of ``query`` and ``key`` any shape will do."""
+        if mask is not None:
+            return f"attention_mask must be None for sparse attention, got a mask of shape {list(mask.shape)}"
+        gap = self.device_gap or kernel_gap(value.shape[-1], value.dtype, value.device.type)
+        if gap is None and (query.requires_grad or key.requires_grad or value.requires_grad):
+            gap = "gradients must not be asked for, call the model under torch.no_grad()"
+        return gap
+
     def refuse(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str:
         """The word "kernel", or the policy where the kernels cannot serve this call; "error" raises."""
         if self.method is None:
             return "kernel"
-        if mask is not None:
-            gap = f"attention_mask must be None for sparse attention, got a mask of shape {list(mask.shape)}"
-        else:
-            gap = self.device_gap or kernel_gap(value.shape[-1], value.dtype, value.device.type)
-            if gap is None and (query.requires_grad or key.requires_grad or value.requires_grad):
-                gap = "gradients must not be asked for, call the model under torch.no_grad()"
-        self.reason = gap
+        self.reason = gap = self.gap(query, key, value, mask)
         if gap is None:
             return "kernel"
         if self.on_unsupported == "error" or (self.on_unsupported == "reference" and mask is not None):
@@ -228,7 +283,12 @@ class SparseProcessor:
 
 
 class WanSelfAttentionProcessor(SparseProcessor):
-    """Self-attention of ``WanAttention``: norm over all heads, rotary pairs, video tokens only."""
+    """Self-attention of ``WanAttention``: norm over all heads, rotary pairs, video tokens only.
+
+    Calls that the sparse kernels serve norm and rotate q and k in one pass (``ops.rms_norm_rope``), wherever
+    :func:`can_norm_and_rotate` says that it stands for what upstream does; q and k then differ by rounding, as
+    they are rounded once. All other calls, dense ones among them, do what upstream does, bit for bit.
+    """
 
     def __call__(
         self,
@@ -249,13 +309,35 @@ class WanSelfAttentionProcessor(SparseProcessor):
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
-        if rotary_emb is not None:
-            query, key = rotate_pairs(query, *rotary_emb), rotate_pairs(key, *rotary_emb)
+        value = value.unflatten(2, (attn.heads, -1))
+        if self.fuses(attn, query, key, value, attention_mask, rotary_emb):
+            query = norm_and_rotate(attn.norm_q, query, attn.heads, rotary_emb)
+            key = norm_and_rotate(attn.norm_k, key, attn.heads, rotary_emb)
+        else:
+            query, key = attn.norm_q(query), attn.norm_k(key)
+            query, key = (x.unflatten(2, (attn.heads, -1)) for x in (query, key))
+            if rotary_emb is not None:
+                query, key = rotate_pairs(query, *rotary_emb), rotate_pairs(key, *rotary_emb)
         out = self.attend(query, key, value, attention_mask)
         out = out.flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
+
+    def fuses(
+        self,
+        attn: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        rotary_emb: tuple[Tensor, Tensor] | None,
+    ) -> bool:
+        """Whether norm and rotation may be one pass; q and k ``[B, S, H * D]``, value ``[B, S, H, D]``."""
+        if self.method is None or self.dense or self.gap(query, key, value, mask) is not None:
+            return False
+        return query.dtype == key.dtype == value.dtype and all(
+            can_norm_and_rotate(norm, x, attn.heads, rotary_emb)
+            for norm, x in ((attn.norm_q, query), (attn.norm_k, key))
+        )
 
 
 def _skipped_output(attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -32,6 +32,7 @@ OPS = (
     "segment_mean",
     "topk_blocks",
     "topp_blocks",
+    "rms_norm_rope",
 )
 HEAD_DIMS_CUDA = (64, 96, 128)
 
@@ -70,7 +71,8 @@ def _register_no_backward(op: str) -> None:
             )
 
     def kernel(keyset, *args, **kwargs):
-        # Keyword-only tensors of this family are int32: they never ask for gradients.
+        # Keyword-only tensors of this family are int32: they never ask for gradients. The dispatcher passes the
+        # others by position, however the caller named them.
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return NoBackward.apply(keyset, kwargs, *args)
         return call(keyset, args, kwargs)
@@ -642,3 +644,118 @@ def topp_blocks_naive(
     # The prefix ends at the crossing block; rounding must not let a later one back in.
     keep_sorted = keep_sorted.int().cummin(-1).values.bool()
     return lists_from_mask(torch.zeros_like(keep_sorted).scatter(-1, order, keep_sorted))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# rms_norm_rope
+# ---------------------------------------------------------------------------------------------------------
+
+
+def rms_norm_rope(
+    x: Tensor,
+    weight: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    index: Tensor | None = None,
+    across_heads: bool = False,
+    interleaved: bool = True,
+    rope_start: int = 0,
+    eps: float | None = 1e-6,
+) -> Tensor:
+    """RMSNorm, rotary embedding and a permutation of tokens in one pass: ``out[i] = rope(norm(x[index[i]]))``.
+
+    Token ``j`` is normed and rotated as token ``j``, wherever it then goes. With pairs ``(c, c')`` of channels,
+    ``rope(y)_c = y_c cos_c - y_c' sin_c`` and ``rope(y)_c' = y_c' cos_c' + y_c sin_c'``; with
+    ``norm(x) = x / sqrt(mean(x^2) + eps) * weight``.
+
+    Args:
+        x: ``[B, H, S, D]`` fp32, fp16 or bf16, D a multiple of 8 up to 256.
+        weight: ``[D]``, or ``[H * D]`` for one of its own in each head, fp32 or dtype of x; None means all 1.
+        cos, sin: ``[B|1, H|1, R, D]``, or ``[B|1, H|1, R, D/2]`` with one value a pair, fp32 or dtype of x.
+            Row r turns token ``rope_start + r``; other tokens, such as text, stay. None: no rotation.
+        index: int32 ``[B|1, H|1, S]``, a permutation of ``[0, S)``, or None for the order of x.
+        across_heads: the mean is over all heads of a token (Wan) instead of over one (HunyuanVideo).
+        interleaved: pairs are neighbours ``(2i, 2i + 1)`` (Wan, HunyuanVideo, CogVideoX, LTX) instead of
+            ``(i, i + D/2)``.
+        rope_start: at least 0, and ``rope_start + R`` at most S. Where text stands first, its length.
+        eps: at least 0, added to the mean; None means no norm, and then takes no weight.
+
+    Returns:
+        ``[B, H, S, D]`` in x's dtype, stored as ``[B, S, H, D]`` when x is such a view. The arithmetic is fp32
+        throughout and is rounded once. Equal inputs give equal bits, with an index the same as without one, in
+        another place.
+
+    Raises:
+        RuntimeError: one sentence, for another D, a weight, tables or an index that do not fit, one table
+            alone, a weight without a norm, a negative ``eps``, and an index that is no permutation (module
+            docstring: on CUDA on request; unchecked, a token that no entry names is dropped, and a row that
+            then gets none holds anything).
+
+    NaN and Inf in a row stay in that row, and with ``across_heads`` in the rows of that token.
+
+    q and k are two calls: one launch for both would save a few microseconds of some hundred.
+    """
+    return _OPS.rms_norm_rope(
+        x,
+        weight,
+        cos,
+        sin,
+        index=index,
+        across_heads=across_heads,
+        interleaved=interleaved,
+        rope_start=rope_start,
+        eps=eps,
+    )
+
+
+@torch.library.register_fake(f"{NAMESPACE}::rms_norm_rope")
+def _(
+    x,
+    weight=None,
+    cos=None,
+    sin=None,
+    *,
+    index=None,
+    across_heads=False,
+    interleaved=True,
+    rope_start=0,
+    eps=1e-6,
+):
+    _same_device("rms_norm_rope", x, weight=weight, cos=cos, sin=sin, index=index)
+    return empty_like_query(x)
+
+
+def rms_norm_rope_naive(
+    x: Tensor,
+    weight: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    index: Tensor | None = None,
+    across_heads: bool = False,
+    interleaved: bool = True,
+    rope_start: int = 0,
+    eps: float | None = 1e-6,
+) -> Tensor:
+    """The definition in fp64. Arguments as :func:`rms_norm_rope`."""
+    y = x.double()
+    if eps is not None:
+        y = y / (y.square().mean((1, 3) if across_heads else 3, keepdim=True) + eps).sqrt()
+    if weight is not None:
+        y = y * weight.double().view(-1, 1, x.shape[3])
+    if cos is not None:
+        turned = y[:, :, rope_start : rope_start + cos.shape[2]]
+        first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
+        other = _pairs(-second, first, interleaved)
+        if cos.shape[3] < x.shape[3]:
+            cos, sin = (_pairs(t, t, interleaved) for t in (cos, sin))
+        turned = turned * cos.double() + other * sin.double()
+        y = torch.cat([y[:, :, :rope_start], turned, y[:, :, rope_start + cos.shape[2] :]], 2)
+    y = y.to(x.dtype)
+    return y if index is None else permute_rows_naive(y, index)
+
+
+def _pairs(first: Tensor, second: Tensor, interleaved: bool) -> Tensor:
+    """Channels from the first and the second ones of all pairs, ``[..., D/2]`` each."""
+    return torch.stack([first, second], -1).flatten(-2) if interleaved else torch.cat([first, second], -1)
