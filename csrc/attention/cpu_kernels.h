@@ -25,6 +25,8 @@ struct AttentionCpuKernels {
   void (*merge)(MergeAttentionParams const& p, CpuItem const& item);
   void (*mean_pool)(MeanPoolBlocksParams const& p, CpuItem const& item);  // item.block
   void (*segment_mean)(SegmentMeanParams const& p, CpuItem const& item);  // item.block
+  // row[0 .. num_kv_blocks) of item.block.
+  void (*mass)(BlockMassParams const& p, CpuItem const& item, float* row, void* scratch);
 };
 
 extern AttentionCpuKernels const kAttentionPortable, kAttentionAvx2, kAttentionAvx512, kAttentionAvx512Bf16;

@@ -21,6 +21,8 @@ struct CpuBackend {
   static void run(Scope& s, SegmentMeanParams const& p, Tensor const&) { run_segment_mean_cpu(p, s.parallel); }
   static void run(Scope& s, TopkBlocksParams const& p, Tensor const&) { run_topk_blocks_cpu(p, s.parallel); }
   static void run(Scope& s, ToppBlocksParams const& p, Tensor const&) { run_topp_blocks_cpu(p, s.parallel); }
+  static void run(Scope& s, BlockMassParams const& p, Tensor const&) { run_block_mass_cpu(p, s.parallel); }
+  static void run(Scope& s, BlockMassTopkParams const& p, Tensor const&) { run_block_mass_topk_cpu(p, s.parallel); }
 };
 
 }  // namespace vdit

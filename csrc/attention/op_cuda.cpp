@@ -82,6 +82,8 @@ struct CudaBackend {
     Tensor space = workspace(like, topp_blocks_workspace_bytes(p));
     run_topp_blocks_sm80(p, space.mutable_data_ptr(), s.stream);
   }
+  static void run(Scope& s, BlockMassParams const& p, Tensor const&) { run_block_mass_sm80(p, s.stream); }
+  static void run(Scope& s, BlockMassTopkParams const& p, Tensor const&) { run_block_mass_topk_sm80(p, s.stream); }
 };
 
 }  // namespace

@@ -20,6 +20,12 @@ inline void define_attention_schemas(torch::stable::detail::StableLibrary& m) {
   m.def(
       "topk_blocks(Tensor scores, int k, *, bool per_head=False, bool keep_row_max=True) -> (Tensor, Tensor)");
   m.def("topp_blocks(Tensor scores, float p, *, Tensor? weights=None, int min_blocks=1) -> (Tensor, Tensor)");
+  m.def(
+      "block_mass(Tensor q, Tensor k, Tensor lse, *, Tensor? kv_lengths=None, int q_block_size=64, "
+      "int kv_block_size=64, float? scale=None) -> Tensor");
+  m.def(
+      "block_mass_topk(Tensor q, Tensor k, Tensor lse, int k_max, *, Tensor? forced=None, Tensor? kv_lengths=None, "
+      "int q_block_size=64, int kv_block_size=64, float? scale=None) -> (Tensor, Tensor, Tensor)");
 }
 
 }  // namespace vdit
