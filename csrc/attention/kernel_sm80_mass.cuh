@@ -17,7 +17,7 @@
 namespace vdit {
 
 struct BlockMassLaunch {
-  BlockMassTopkParams topk;  // indices null: only the masses are wanted, in topk.row.mass
+  BlockMassTopkParams topk;  // total null: only the masses are wanted, in topk.row.mass
   int32_t units;             // of 16 rows, a query block in one pass
   int32_t groups;            // query blocks a thread block
   int32_t passes;            // over the keys, each with up to 128 rows of the query block
@@ -126,7 +126,7 @@ struct BlockMassKernel {
   // The masses of the first of them for every key block; the others' follow.
   VDIT_DEVICE static float* mass_rows(Params const& p, char* smem) {
     BlockMassParams const& a = p.topk.row;
-    if (p.topk.indices != nullptr) return reinterpret_cast<float*>(smem + p.rows_at);
+    if (p.topk.total != nullptr) return reinterpret_cast<float*>(smem + p.rows_at);
     return a.mass + (map_index() * a.num_q_blocks + first_block(p)) * a.num_kv_blocks;
   }
 
@@ -377,7 +377,7 @@ struct BlockMassKernel {
 
   VDIT_DEVICE void operator()(Params const& p, char* smem) const {
     sum_masses(p, smem);
-    if (p.topk.indices != nullptr) list_heaviest(p, smem);
+    if (p.topk.total != nullptr) list_heaviest(p, smem);
   }
 };
 

@@ -28,7 +28,7 @@ void check_mass(BlockMassParams const& p) {
 // Shared memory of a thread block with `groups` query blocks; `rows_at` is where their rows of masses begin.
 template <class Kernel>
 int64_t smem_bytes(BlockMassTopkParams const& p, int64_t groups, int64_t& rows_at) {
-  bool const listed = p.indices != nullptr;
+  bool const listed = p.total != nullptr;
   int64_t const lists = listed ? round_up(groups * p.row.num_kv_blocks * 2) : 0;
   rows_at = (lists > Kernel::kStagesBytes ? lists : Kernel::kStagesBytes) + Kernel::kPartialBytes;
   return rows_at + (listed ? groups * p.row.num_kv_blocks * 4 : 0);

@@ -58,7 +58,9 @@ def test_topk_lists_what_block_mass_measures(backend, case):
         for first in (None, forced):
             indices, listed, total = run(backend, "block_mass_topk", q, k, lse, k_max, forced=first, **kwargs)
             expected = defs.heaviest_blocks(mass, k_max, first)
-            assert torch.equal(indices, expected[0]) and torch.equal(listed, expected[1]), "same sums, same order"
+            assert torch.equal(indices, expected[0]) and torch.equal(listed, expected[1]), (
+                "same sums, same order"
+            )
             torch.testing.assert_close(total, expected[2], rtol=1e-6, atol=0)
 
 
@@ -67,7 +69,9 @@ def test_scale(backend, scale):
     (q, k, _), kwargs = inputs(seqlen_q=70, seqlen_kv=150)
     lse = torch.logsumexp(q.double() @ k.double().mT * scale, -1).float()
     got = run(backend, "block_mass", q, k, lse, scale=scale, **kwargs)
-    cases.assert_masses(got, defs.block_mass_naive(q, k, lse, scale=scale, **kwargs), q, k * abs(scale) * 8, lse)
+    cases.assert_masses(
+        got, defs.block_mass_naive(q, k, lse, scale=scale, **kwargs), q, k * abs(scale) * 8, lse
+    )
 
 
 # --- the specification's properties -------------------------------------------------------------------------
@@ -93,7 +97,9 @@ def test_1_the_lse_of_attention_is_the_one_wanted(backend):
     tensors = [as_it_lies(t, backend.device) for t in (q, k, k, lists[..., 0] + 1, lists)]
     _, lse = backend.ops.block_sparse_attention(*tensors, **whole)
     mass = run(backend, "block_mass", q, k, lse.cpu(), **kwargs)
-    torch.testing.assert_close(mass.sum(-1), torch.tensor([64.0, 64.0, 22.0]).expand(1, 2, -1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        mass.sum(-1), torch.tensor([64.0, 64.0, 22.0]).expand(1, 2, -1), rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("drift", [-20.0, 7.5, 40.0])
@@ -151,7 +157,11 @@ def test_13_planted_blocks_are_found(backend, dim):
     planted = torch.stack([torch.randperm(blocks, generator=gen)[:kept] for _ in range(heads * blocks)])
     planted = planted.view(1, heads, blocks, kept).sort(-1).values
     k = signs.repeat_interleave(64, 2) + 0.1 * torch.randn(1, heads, blocks * 64, dim, generator=gen)
-    q = signs.gather(2, planted.flatten(2)[..., None].expand(-1, -1, -1, dim)).view(1, heads, blocks, kept, dim).sum(3)
+    q = (
+        signs.gather(2, planted.flatten(2)[..., None].expand(-1, -1, -1, dim))
+        .view(1, heads, blocks, kept, dim)
+        .sum(3)
+    )
     q, k = q.repeat_interleave(64, 2).bfloat16(), k.bfloat16()
     lse = cases.true_lse(q, k)
     indices, mass, total = run(backend, "block_mass_topk", q, k, lse, kept)
@@ -191,7 +201,9 @@ def test_nan_stays_in_its_row_or_column(backend):
         assert torch.equal(mass.isnan(), spoiled)
         assert torch.equal(mass[~spoiled], clean[~spoiled]), "nothing else changes"
         assert torch.equal(indices, defs.heaviest_blocks(mass, 7)[0]), "NaN ranks last"
-        assert torch.equal(total.isnan(), spoiled.any(-1)) and torch.equal(listed.isnan(), spoiled.gather(-1, indices.long()))
+        assert torch.equal(total.isnan(), spoiled.any(-1)) and torch.equal(
+            listed.isnan(), spoiled.gather(-1, indices.long())
+        )
 
 
 def test_infinities_are_clamped_and_not_nan(backend):
@@ -201,7 +213,9 @@ def test_infinities_are_clamped_and_not_nan(backend):
     k[..., 0] = torch.tensor([1.0, -1.0]).repeat_interleave(64) * torch.inf
     lse[..., 5] = torch.inf
     mass = run(backend, "block_mass", q, k, lse.fill_(0.0), **kwargs)
-    torch.testing.assert_close(mass, torch.tensor([64 * 64 * 30.0**0 * float(torch.tensor(30.0).double().exp()), 0.0]).expand_as(mass))
+    torch.testing.assert_close(
+        mass, torch.tensor([64 * 64 * 30.0**0 * float(torch.tensor(30.0).double().exp()), 0.0]).expand_as(mass)
+    )
 
 
 def test_ties_go_to_the_lowest_index(backend):
@@ -285,7 +299,9 @@ def test_refuses(backend):
                 refuse(f"kv_lengths must be in 0..100, got {wrong} for batch 1", q, k, lse, kv_lengths=lengths)
         if backend.is_cuda_code:
             refuse("q must be float16 or bfloat16 on CUDA, got float32", q.float(), k.float(), lse)
-            refuse("head_dim must be 64, 96 or 128 on CUDA, got 32", q[..., :32].clone(), k[..., :32].clone(), lse)
+            refuse(
+                "head_dim must be 64, 96 or 128 on CUDA, got 32", q[..., :32].clone(), k[..., :32].clone(), lse
+            )
             odd = torch.zeros(2, 2, 70, 68).bfloat16()[..., 2:66]
             refuse("q must have rows aligned to 16 bytes on CUDA", odd, k, lse)
         else:
@@ -306,7 +322,9 @@ def test_topk_refuses(backend):
     refuse(r"forced must be \[2\] or .*, got \[2, 2\]", forced=torch.zeros(2, 2, dtype=torch.bool))
     if backend.is_cuda_code:
         k = torch.zeros(2, 2, 24577, 64, dtype=torch.bfloat16)
-        refuse("there must be at most 24576 key blocks on CUDA, got 24577; raise kv_block_size", kv_block_size=1)
+        refuse(
+            "there must be at most 24576 key blocks on CUDA, got 24577; raise kv_block_size", kv_block_size=1
+        )
 
 
 # --- registration -------------------------------------------------------------------------------------------

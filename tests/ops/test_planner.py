@@ -386,6 +386,8 @@ OPCHECKS = {
     "merge_attention": lambda: (
         rows(1, 2, 9, 64), torch.randn(1, 2, 9), rows(1, 2, 9, 64), torch.randn(1, 2, 9)
     ),
+    "block_mass": lambda: (rows(1, 2, 70, 64), rows(1, 2, 90, 64, seed=1), torch.randn(1, 2, 70)),
+    "block_mass_topk": lambda: (rows(1, 2, 70, 64), rows(1, 2, 90, 64, seed=1), torch.randn(1, 2, 70), 2),
 }  # fmt: skip
 
 

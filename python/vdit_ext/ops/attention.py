@@ -648,30 +648,31 @@ def block_mass(
 
     ``mass[i, j]`` is the sum over the rows r of query block i and the keys t of key block j of
     ``exp(min(scale * q[r].k[t] - lse[r], 30))`` (AdaSpa, arXiv 2502.21079, section 4; its algorithms print a
-    logarithm there). With the lse of dense attention over the same q and k a row of blocks sums to the number of
-    its query rows. An lse of an earlier step does too, but for a factor; the clamp then keeps the terms finite.
+    logarithm there). With the lse of dense attention over the same q and k, a row of blocks sums to the number
+    of its query rows. With an lse of an earlier step it does not, and the clamp keeps the terms finite.
 
     Args:
-        q: ``[B, H, Sq, D]`` fp16 or bf16 (fp32 too on CPU); D in 64, 96, 128 on CUDA, any multiple of 8 up to 256
-            on CPU.
+        q: ``[B, H, Sq, D]`` fp16 or bf16 (fp32 too on CPU); D in 64, 96, 128 on CUDA, any multiple of 8 up
+            to 256 on CPU.
         k: ``[B, H, Skv, D]``, dtype and device of ``q``.
         lse: fp32 ``[B, H, Sq]``, natural logarithm, as :func:`block_sparse_attention` returns it.
-        kv_lengths: int32 ``[B]`` in ``[0, Skv]``; keys at or past it are padding and count nothing. None means Skv.
-        q_block_size, kv_block_size: at least 1; the last block of an axis may be ragged. Any size is computed;
-            on CUDA query blocks are padded to a multiple of 16 rows and key blocks to one of 64.
+        kv_lengths: int32 ``[B]`` in ``[0, Skv]``; keys at or past it are padding and count nothing. None means
+            Skv.
+        q_block_size, kv_block_size: at least 1; the last block of an axis may be ragged. On CUDA query blocks
+            are padded to a multiple of 16 rows and key blocks to one of 64, which costs time only.
         scale: factor on the logits, by default ``D ** -0.5``.
 
     Returns:
-        fp32 ``[B, H, nQ, nKV]``. Exponentials and sums are fp32 in a fixed order: equal inputs give equal bits. A
-        row whose lse is -inf saw no key and adds 0, whatever it holds.
+        fp32 ``[B, H, nQ, nKV]``. Exponentials and sums are fp32 in a fixed order: equal inputs give equal bits.
+        A row whose lse is -inf saw no key and adds 0, whatever it holds.
 
-    NaN stays where it belongs: in a query row or its lse it reaches all blocks with keys of that row's query
-    block, in a key all masses of its key block, and behind ``kv_lengths`` none.
+    NaN in a query row or its lse reaches all blocks with keys of that row's query block; in a key all masses of
+    its key block; behind ``kv_lengths`` nothing.
 
     Raises:
-        RuntimeError: one sentence, for another head size or dtype than the device has, rows that are not aligned to
-            16 bytes (CUDA), block sizes below 1, and lengths outside of ``[0, Skv]`` (module docstring: on CUDA on
-            request; unchecked, the nearest length counts).
+        RuntimeError: one sentence, for another head size or dtype than the device has, rows that are not
+            aligned to 16 bytes (CUDA), block sizes below 1, and lengths outside of ``[0, Skv]`` (module
+            docstring: on CUDA on request; unchecked, the nearest length counts).
     """
     return _OPS.block_mass(
         q,
@@ -701,7 +702,7 @@ def block_mass_naive(
     kv_block_size: int = 64,
     scale: float | None = None,
 ) -> Tensor:
-    """The definition, in fp64, one block of queries and one of keys at a time. Arguments as :func:`block_mass`."""
+    """The definition, in fp64, one pair of blocks at a time. Arguments as :func:`block_mass`."""
     b, h, seqlen_q, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
     q_bounds = block_bounds(None, q_block_size, seqlen_q, 0, 0)
@@ -735,23 +736,23 @@ def block_mass_topk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The heaviest key blocks of each query block, in such an order that a smaller budget is a prefix.
 
-    :func:`block_mass` and the choice among its rows in one kernel: no ``[nQ, nKV]`` matrix is written. What a budget
-    of n blocks keeps is ``indices[..., :n]``, and its recall ``mass[..., :n].sum(-1) / total``.
+    :func:`block_mass` and the choice among its rows in one kernel: no ``[nQ, nKV]`` matrix is written. What a
+    budget of n blocks keeps is ``indices[..., :n]``, and its recall ``mass[..., :n].sum(-1) / total``.
 
     Args:
         q, k, lse, kv_lengths, q_block_size, kv_block_size, scale: as :func:`block_mass` takes them.
-        k_max: how many blocks to list, 0 to nKV. On CUDA nKV may be up to 24576, less where a thread block's shared
-            memory holds less: 6 bytes a key block, and 32 KB.
+        k_max: how many blocks to list, 0 to nKV. On CUDA nKV may be up to 24576, or less where a thread block's
+            shared memory holds fewer: it takes 4 bytes a key block, and 2 bytes more or 32 KB.
         forced: bool ``[nKV]`` or ``[B|1, H|1, nKV]``: blocks that come first whatever their mass.
 
     Returns:
-        ``indices`` int32 ``[B, H, nQ, k_max]``: first the forced blocks, ascending, then the others by falling mass,
-        ties to the lowest index and NaN last. ``mass`` fp32 ``[B, H, nQ, k_max]``, that of each listed block, and
-        ``total`` fp32 ``[B, H, nQ]``, that of all blocks of the row.
+        ``indices`` int32 ``[B, H, nQ, k_max]``: first the forced blocks, ascending, then the others by falling
+        mass, ties to the lowest index and NaN last. ``mass`` fp32 ``[B, H, nQ, k_max]``, that of each listed
+        block. ``total`` fp32 ``[B, H, nQ]``, that of all blocks of the row.
 
     Raises:
-        RuntimeError: as :func:`block_mass`, and for ``k_max`` outside of ``[0, nKV]``, more key blocks than the device
-            takes, or ``forced`` of another shape or dtype.
+        RuntimeError: as :func:`block_mass`, and for ``k_max`` outside of ``[0, nKV]``, more key blocks than the
+            device takes, or ``forced`` of another shape or dtype.
     """
     return _OPS.block_mass_topk(
         q,
