@@ -399,8 +399,12 @@ def block_mass_cases(backend: Backend, large: bool) -> Iterator[Named]:
 
 
 def block_mass_topk_cases(backend: Backend, large: bool) -> Iterator[Named]:
-    many = mass_cases.MassCase("row_of_9000_blocks", heads=1, seqlen_q=40, seqlen_kv=9000, kv_block=1)
-    for case in (*mass_cases.correctness, many):
+    listed = list(mass_cases.correctness)
+    if backend.name != "emu":  # where 9000 steps take minutes
+        listed.append(
+            mass_cases.MassCase("row_of_9000_blocks", heads=1, seqlen_q=40, seqlen_kv=9000, kv_block=1)
+        )
+    for case in listed:
 
         def run(c=case):
             args = mass_cases.make_mass(c, torch.bfloat16)

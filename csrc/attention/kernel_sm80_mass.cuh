@@ -10,8 +10,7 @@
 // shared memory in the order of the units: equal inputs give equal bits. For block_mass_topk the rows of
 // masses stay in shared memory and are sorted there.
 #pragma once
-#include "attention/kernel_sm80_select.cuh"
-#include "attention/kernel_util.cuh"
+#include "attention/kernel_mass_lists.cuh"
 #include "vdit/attention.h"
 
 namespace vdit {
@@ -22,31 +21,6 @@ struct BlockMassLaunch {
   int32_t groups;            // query blocks a thread block
   int32_t passes;            // over the keys, each with up to 128 rows of the query block
   int32_t rows_at;           // where in shared memory the rows of masses begin
-};
-
-// The rows of masses in shared memory, sorted: entries are block numbers, kUnforced added to those not
-// forced.
-struct MassOrder {
-  static constexpr uint32_t kUnforced = 0x8000;
-  static_assert(kMaxMassBlocks < kUnforced, "A block number and a flag must fit 16 bits.");
-
-  float const* row;   // [n]
-  uint16_t* entries;  // [n]
-
-  VDIT_DEVICE static int block_of(uint32_t entry) { return static_cast<int>(entry & (kUnforced - 1u)); }
-
-  VDIT_DEVICE bool comes_before(uint32_t a, uint32_t b) const {
-    if ((a & b & kUnforced) == 0) return a < b;  // the forced one, or the lower of two
-    uint32_t const x = ordered_key(row[block_of(a)]), y = ordered_key(row[block_of(b)]);
-    return x != y ? x > y : a < b;
-  }
-
-  VDIT_DEVICE void exchange(int low, int high) const {
-    uint32_t const a = entries[low], b = entries[high];
-    if (!comes_before(b, a)) return;
-    entries[low] = static_cast<uint16_t>(b);
-    entries[high] = static_cast<uint16_t>(a);
-  }
 };
 
 // Grid: x tiles of `groups` query blocks, y heads, z batch. Rows of q and k must be 16-byte aligned.
@@ -322,62 +296,11 @@ struct BlockMassKernel {
     sync_block();  // every mass is in its place
   }
 
-  // Sorts the rows of masses and writes what is asked of them.
-  VDIT_DEVICE static void list_heaviest(Params const& p, char* smem) {
-    BlockMassTopkParams const& a = p.topk;
-    int const n = static_cast<int>(a.row.num_kv_blocks), groups = count_groups(p);
-    float const* rows = mass_rows(p, smem);
-    uint16_t* entries = reinterpret_cast<uint16_t*>(smem);  // [groups, n]
-    int64_t const row0 = map_index() * a.row.num_q_blocks + first_block(p);
-    bool const* forced = a.forced;
-    if (forced != nullptr) forced += block_idx_z() * a.stride_forced.b + block_idx_y() * a.stride_forced.h;
-
-    for (int i = thread_idx(); i < n; i += kThreads) {
-      uint32_t const entry = i + (forced != nullptr && forced[i] ? 0u : MassOrder::kUnforced);
-      for (int group = 0; group < groups; ++group) entries[group * n + i] = static_cast<uint16_t>(entry);
-    }
-    for (int group = warp_idx(); group < groups; group += kWarps) {
-      float sum = 0.f;
-      for (int i = lane_idx(); i < n; i += 32) sum += rows[group * n + i];
-      sum = warp_sum(sum);
-      if (lane_idx() == 0) a.total[row0 + group] = sum;
-    }
-    sync_block();
-    sort(entries, rows, n, groups);
-    int const k_max = static_cast<int>(a.k_max);
-    for (int group = 0; group < groups; ++group) {
-      int64_t const out = (row0 + group) * a.k_max;
-      for (int i = thread_idx(); i < k_max; i += kThreads) {
-        int const block = MassOrder::block_of(entries[group * n + i]);
-        a.indices[out + i] = block;
-        a.mass[out + i] = rows[group * n + block];
-      }
-    }
-  }
-
-  // Bitonic sort of all rows at once. Every comparison puts the earlier entry to the lower place, so that
-  // places past n, which are left out, would hold what comes last.
-  VDIT_DEVICE static void sort(uint16_t* entries, float const* rows, int n, int groups) {
-    int bits = 0;  // 2^bits places
-    while ((1 << bits) < n) ++bits;
-    int const pairs = (1 << bits) / 2;
-    for (int run = 1; run <= bits; ++run) {     // runs of 2^run places become sorted
-      for (int step = run; step > 0; --step) {  // by comparisons within 2^step places
-        int const half = 1 << (step - 1);
-        for (int i = thread_idx(); i < groups * pairs; i += kThreads) {
-          int const group = i >> (bits - 1), pair = i & (pairs - 1), offset = pair & (half - 1);
-          int const low = (pair - offset) * 2 + offset;
-          int const high = step == run ? low + 2 * (half - offset) - 1 : low + half;
-          if (high < n) MassOrder{rows + group * n, entries + group * n}.exchange(low, high);
-        }
-        sync_block();
-      }
-    }
-  }
-
   VDIT_DEVICE void operator()(Params const& p, char* smem) const {
     sum_masses(p, smem);
-    if (p.topk.total != nullptr) list_heaviest(p, smem);
+    if (p.topk.total == nullptr) return;
+    list_heaviest<kThreads>(p.topk, first_block(p), count_groups(p), mass_rows(p, smem),
+                            reinterpret_cast<uint16_t*>(smem), [] { sync_block(); });
   }
 };
 

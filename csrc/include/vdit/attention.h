@@ -219,5 +219,10 @@ int64_t topp_blocks_workspace_bytes(ToppBlocksParams const& p);
 constexpr int64_t kMaxMassBlocks = 24576;
 void run_block_mass_sm80(BlockMassParams const& p, void* stream);
 void run_block_mass_topk_sm80(BlockMassTopkParams const& p, void* stream);
+// Compute capability 9.0: the same with wgmma and TMA, for query blocks of 64, 128 or 256 rows, key blocks of a multiple
+// of 64, and rows of masses that fit the shared memory: can_run_... tells.
+void run_block_mass_sm90(BlockMassParams const& p, void* stream);
+void run_block_mass_topk_sm90(BlockMassTopkParams const& p, void* stream);
+bool can_run_block_mass_sm90(BlockMassParams const& p);
 
 }  // namespace vdit
