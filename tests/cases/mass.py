@@ -107,6 +107,8 @@ correctness = [
     C("long_query_blocks", seqlen_q=700, seqlen_kv=190, q_block=300, kv_block=100),
     C("rows_alone", seqlen_q=21, seqlen_kv=70, q_block=1, kv_block=16),
     C("all_in_one_block", seqlen_q=150, seqlen_kv=90, q_block=2**30, kv_block=2**30),
+    C("many_steps", head_dim=128, seqlen_q=270, seqlen_kv=1111, kv_block=192, kv_lengths=(1000,)),
+    C("blocks_of_256", seqlen_q=530, seqlen_kv=300, q_block=256, kv_block=128),
     C("peaked", seqlen_q=256, seqlen_kv=256, gain=4.0),
     C("stale_down", seqlen_q=140, seqlen_kv=200, gain=3.0, drift=-40.0),
     C("stale_up", seqlen_q=140, seqlen_kv=200, gain=3.0, drift=40.0),

@@ -32,6 +32,10 @@ def main(library: str) -> None:
         ops.topk_blocks(scores, 7, per_head=True)
         ops.topk_blocks(scores, 2)
         ops.topp_blocks(scores, 0.8, min_blocks=2)
+        for block in (64, 50):
+            sizes = {"q_block_size": block, "kv_block_size": block}
+            ops.block_mass(inputs.q, x, lse, **sizes)
+            ops.block_mass_topk(inputs.q, x, lse, 1, **sizes)
         print("ran", case.name, flush=True)
     print("all ran")
 

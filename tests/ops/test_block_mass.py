@@ -16,7 +16,7 @@ from vdit_ext import ops
 from vdit_ext.ops import attention as defs
 from vdit_ext.testing import generator
 
-BACKENDS = ("cpu", "emu", "cuda")
+BACKENDS = ("cpu", "emu", "emu_sm90", "cuda")
 
 
 def run(backend, op, q, k, lse, *args, **kwargs):
