@@ -29,8 +29,7 @@ struct BlockMassKernel {
   using Params = BlockMassLaunch;
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kMinBlocks =
-      kHeadDim == 64 ? 3 : 2;  // at three, the others would spill some registers
+  static constexpr int kMinBlocks = 3;
   static constexpr int kBlockM = 128;
   static constexpr int kBlockN = 64;
   static constexpr int kUnits = kBlockM / 16;
@@ -49,11 +48,13 @@ struct BlockMassKernel {
   static constexpr int kPartialBytes = 2 * kUnits * 4;
   static_assert(kBlockM * kHeadDim * 2 == kStagesBytes, "The queries take the place of the stages.");
 
-  // The accumulators' view of a thread: rows (m, half), columns (n, pair).
+  // Scores are formed for kPartN of a step's keys at a time, so that their registers are few. The
+  // accumulators' view of a thread: rows (m, half), columns (n, pair).
+  static constexpr int kPartN = 32;
   static constexpr int kM = kBlockM / 64;
-  static constexpr int kN = kBlockN / 8;
+  static constexpr int kN = kPartN / 8;
   using Scores = decltype(cute::partition_fragment_C(
-      TiledMma{}, cute::Shape<cute::Int<kBlockM>, cute::Int<kBlockN>>{}));  // ((2, 2), kM, kN)
+      TiledMma{}, cute::Shape<cute::Int<kBlockM>, cute::Int<kPartN>>{}));  // ((2, 2), kM, kN)
 
   static constexpr float kLog2E = 1.44269504088896341f;
   static constexpr float kLargestExponent = 30.f * kLog2E;
@@ -117,6 +118,7 @@ struct BlockMassKernel {
 
   VDIT_DEVICE static void fetch_queries(Params const& p, T const* q, int pass, T* smem) {
     auto tile = cute::make_tensor(cute::make_smem_ptr(smem), SmemQ{});
+    CUTE_NO_UNROLL
     for (int i = 0; i < kBlockM * kChunks / kThreads; ++i) {
       int const item = thread_idx() + i * kThreads;
       int const slot = item / kChunks, col = item % kChunks * 8;
@@ -153,23 +155,25 @@ struct BlockMassKernel {
     }
   }
 
-  // s = q k^T. Keys are read 16 at a time, kAhead reads ahead of the products,
-  // so that few of their registers are live.
+  // s = q k^T for the kPartN keys from `first` on. Keys are read 16 at a time, kAhead reads ahead of the
+  // products, so that few of their registers are live.
   template <class Queries>
-  VDIT_DEVICE static void multiply(Queries const& rQ, T* smem_k, Scores& s) {
+  VDIT_DEVICE static void multiply(Queries const& rQ, T* smem_k, int first, Scores& s) {
     using namespace cute;
     constexpr int kAhead = 2;
     constexpr int kPairs = kN / 2;  // of 8 keys
     constexpr int kSteps = kHeadDim / 16 * kPairs;
     TiledMma mma;
     auto load = make_tiled_copy_B(LdsmAtom<T>{}, mma);
-    auto thr_load = load.get_slice(thread_idx());
+    auto thr_load = load.get_slice(not_hoisted(thread_idx()));  // registers are scarce
     auto sK = make_tensor(make_smem_ptr(smem_k), SmemK{});
-    auto rK = mma.get_slice(thread_idx()).partition_fragment_B(sK);
+    auto rK = mma.get_slice(thread_idx())
+                  .partition_fragment_B(
+                      local_tile(sK, Shape<Int<kPartN>, Int<kHeadDim>>{}, make_coord(_0{}, _0{})));
     auto from = thr_load.partition_S(sK);
     auto to = thr_load.retile_D(rK);
     auto load_keys = [&](int step) {
-      copy(load, from(_, step % kPairs, step / kPairs), to(_, step % kPairs, step / kPairs));
+      copy(load, from(_, first / 16 + step % kPairs, step / kPairs), to(_, step % kPairs, step / kPairs));
     };
     clear(s);
     CUTE_UNROLL
@@ -187,7 +191,7 @@ struct BlockMassKernel {
     }
   }
 
-  // Adds the step's terms to the rows' sums. Terms past the last key are left out whatever they
+  // Adds the terms of kPartN keys to the rows' sums. Terms past the last key are left out whatever they
   // are.
   template <bool kWhole>
   VDIT_DEVICE static void add_terms(Scores const& s, Rows const& rows, float scale, int keys,
@@ -278,13 +282,17 @@ struct BlockMassKernel {
         cp_async_commit();
         if (now.in_block == 0 && now.block > 0) finish_block(p, smem, partial, now.block - 1, pass);
 
-        Scores s;
-        multiply(rQ, stages + stage * kStageElements, s);
+        T* smem_k = stages + stage * kStageElements;
         int const keys = now.keys();
-        if (keys == kBlockN) {
-          add_terms<true>(s, rows, scale, keys, sums);
-        } else {
-          add_terms<false>(s, rows, scale, keys, sums);
+        CUTE_NO_UNROLL
+        for (int first = 0; first < kBlockN; first += kPartN) {
+          Scores s;
+          multiply(rQ, smem_k, first, s);
+          if (keys - first >= kPartN) {
+            add_terms<true>(s, rows, scale, keys - first, sums);
+          } else {
+            add_terms<false>(s, rows, scale, keys - first, sums);
+          }
         }
         if (now.ends_block()) store_partial(rows, sums, partial + now.block % 2 * kUnits);
         now = next;

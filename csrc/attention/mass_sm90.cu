@@ -61,8 +61,10 @@ bool can_run_block_mass_sm90(BlockMassParams const& p) {
   bool const head_dim = p.head_dim == 64 || p.head_dim == 96 || p.head_dim == 128;
   bool const blocks =
       (p.q_block_size == 64 || p.q_block_size == 128 || p.q_block_size == 256) && p.kv_block_size % 64 == 0;
-  // The largest head size decides for all.
-  bool const fits = sm90::BlockMassKernel<cute::half_t, 128>::smem_bytes(p.num_kv_blocks) <= kMaxSmem;
+  int64_t const bytes = p.head_dim == 64
+                            ? sm90::BlockMassKernel<cute::half_t, 64>::smem_bytes(p.num_kv_blocks)
+                            : sm90::BlockMassKernel<cute::half_t, 128>::smem_bytes(p.num_kv_blocks);
+  bool const fits = bytes <= kMaxSmem;
   return head_dim && blocks && fits && p.dtype != DType::kFloat32 && p.seqlen_q > 0 && p.seqlen_kv > 0 &&
          can_walk(p.stride_q, p, p.seqlen_q) && can_walk(p.stride_k, p, p.seqlen_kv);
 }
