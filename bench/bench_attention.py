@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import attention_peers
 import torch
 from cases import attention as cases
+from cases import mass as mass_cases
 from harness import Case, Group, Peer, short
 from torch import Tensor
 
@@ -578,6 +579,48 @@ def rope_case(i: PlannerInputs):
     return case, {"torch": torch_formula}
 
 
+def mass_case(i: PlannerInputs):
+    q, k, lse, block, dim = i.x, i.other, i.lse[0], 64, i.size.dim
+
+    def torch_formula(rows: int = 4 * block):
+        """Some rows at a time: the whole matrix of logits fits no memory at real sizes."""
+        masses = []
+        for part, part_lse in zip(q.split(rows, 2), lse.split(rows, 2), strict=True):
+            terms = (part @ k.mT).float().mul_(dim**-0.5).sub_(part_lse[..., None]).clamp_(max=30).exp_()
+            terms = torch.nn.functional.pad(terms, (0, -k.shape[2] % block, 0, -part.shape[2] % block))
+            masses.append(terms.unflatten(-1, (-1, block)).sum(-1).unflatten(2, (-1, block)).sum(3))
+        return torch.cat(masses, 2)
+
+    def check(mass) -> None:
+        for first in {0, i.size.tokens // 2 // block * block, (i.size.tokens - 1) // block * block}:
+            some = slice(first, first + block)
+            args = q[:, :, some], k, lse[:, :, some]
+            mass_cases.assert_masses(mass[:, :, first // block, None], defs.block_mass_naive(*args), *args)
+
+    case = Case("block_mass", i.size.name, i.dtype, lambda: ops.block_mass(q, k, lse), check)
+    pairs = float(i.size.heads * i.size.tokens**2)
+    case.flops, case.exps = 2.0 * dim * pairs, pairs
+    case.nbytes = _nbytes(q, k, lse) + i.size.heads * -((-i.size.tokens // block) ** 2) * 4
+    return case, {"torch": torch_formula}
+
+
+def mass_topk_case(i: PlannerInputs):
+    plain, peers = mass_case(i)
+    args = i.x, i.other, i.lse[0], max(1, -(-i.size.tokens // 64) * 3 // 10)
+
+    def check(result) -> None:
+        mass = ops.block_mass(*args[:3])
+        plain.check(mass)
+        expected = defs.heaviest_blocks(mass, args[3])
+        _same(*expected[:2])(result[:2])
+        torch.testing.assert_close(result[2], expected[2], rtol=1e-6, atol=0)
+
+    case = Case("block_mass_topk", i.size.name, i.dtype, lambda: ops.block_mass_topk(*args), check)
+    case.flops, case.exps = plain.flops, plain.exps
+    case.nbytes = _nbytes(i.x, i.other, i.lse[0]) + i.size.heads * -(-i.size.tokens // 64) * args[3] * 8
+    return case, {"torch": lambda: peers["torch"]().topk(args[3])}
+
+
 PLANNER = {
     "merge_attention": merge_case,
     "permute_rows": permute_case,
@@ -589,6 +632,8 @@ PLANNER = {
     "topk_blocks": topk_case,
     "topp_blocks": topp_case,
     "rms_norm_rope": rope_case,
+    "block_mass": mass_case,
+    "block_mass_topk": mass_topk_case,
 }
 
 

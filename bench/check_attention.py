@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from cases import attention as cases
+from cases import mass as mass_cases
 from cases import rope as rope_cases
 from torch import Tensor
 
@@ -449,6 +450,48 @@ def check_topp(backend: Backend, shape, p: float, weighted: bool) -> None:
         "the kept mass does not exceed p"
     )
     assert bool(((kept - lightest <= p + 1e-5) | (counts <= least)).all()), "a block more than needed was kept"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Block masses
+# ---------------------------------------------------------------------------------------------------------
+
+
+def block_mass_cases(backend: Backend, large: bool) -> Iterator[Named]:
+    for case in mass_cases.correctness:
+        for dtype in backend.dtypes(attention=True):
+
+            def run(c=case, t=dtype):
+                args = mass_cases.make_mass(c, t)
+                got = backend.run("block_mass", *args, **c.kwargs)
+                for expected in (defs.block_mass_naive, torch.ops.vdit.block_mass):
+                    mass_cases.assert_masses(got, expected(*args, **c.kwargs), *args)
+                same(backend.run("block_mass", *args, **c.kwargs), got, "a second run")
+
+            yield f"{case} {short_name(dtype)}", run
+
+
+def block_mass_topk_cases(backend: Backend, large: bool) -> Iterator[Named]:
+    listed = list(mass_cases.correctness)
+    if backend.name != "emu":  # where 9000 steps take minutes
+        listed.append(
+            mass_cases.MassCase("row_of_9000_blocks", heads=1, seqlen_q=40, seqlen_kv=9000, kv_block=1)
+        )
+    for case in listed:
+
+        def run(c=case):
+            args = mass_cases.make_mass(c, torch.bfloat16)
+            mass = backend.run("block_mass", *args, **c.kwargs).cpu()
+            nkv = mass.shape[-1]
+            forced = torch.rand(nkv, generator=generator(1)) < 0.2
+            for k_max in sorted({0, 1, nkv // 3, nkv}):
+                got = backend.run("block_mass_topk", *args, k_max, forced=forced, **c.kwargs)
+                expected = defs.heaviest_blocks(mass, k_max, forced)
+                for g, e, what in zip(got[:2], expected[:2], ("indices", "mass"), strict=True):
+                    same(g, e, what)
+                torch.testing.assert_close(got[2].cpu(), expected[2], rtol=1e-6, atol=0)
+
+        yield f"{case}", run
 
 
 # ---------------------------------------------------------------------------------------------------------

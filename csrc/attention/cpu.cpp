@@ -363,4 +363,57 @@ void run_topp_blocks_cpu(ToppBlocksParams const& p, ParallelFor const& parallel)
   });
 }
 
+// ---- block mass ----
+
+namespace {
+
+// Calls row_of(i, compute) for the i-th query block over batch and heads; compute(row) writes its masses.
+template <class RowOf>
+void for_each_mass_row(BlockMassParams const& p, ParallelFor const& parallel, RowOf const& row_of) {
+  AttentionCpuKernels const& kernel = kernels();
+  int64_t const blocks = p.num_q_blocks;
+  for_each_item(parallel, p.batch * p.heads * blocks, [&](int64_t i) {
+    int64_t const head = i / blocks;
+    row_of(i, [&](float* row) {
+      kernel.mass(p, {head / p.heads, head % p.heads, i % blocks, 0, 0}, row, thread_scratch(kernel.scratch_bytes));
+    });
+  });
+}
+
+// The first k of a row: forced blocks in rising order, then by falling mass.
+void list_heaviest(float const* row, bool const* forced, int64_t n, int64_t k, int32_t* indices, float* mass) {
+  std::vector<int32_t> order(n);
+  for (int64_t j = 0; j < n; ++j) order[j] = static_cast<int32_t>(j);
+  std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int32_t a, int32_t b) {
+    bool const first = forced != nullptr && forced[a], second = forced != nullptr && forced[b];
+    if (first || second) return first && second ? a < b : first;
+    uint32_t const x = score_key(row[a]), y = score_key(row[b]);
+    return x != y ? x > y : a < b;
+  });
+  for (int64_t i = 0; i < k; ++i) {
+    indices[i] = order[i];
+    mass[i] = row[order[i]];
+  }
+}
+
+}  // namespace
+
+void run_block_mass_cpu(BlockMassParams const& p, ParallelFor const& parallel) {
+  for_each_mass_row(p, parallel, [&](int64_t i, auto const& compute) { compute(p.mass + i * p.num_kv_blocks); });
+}
+
+void run_block_mass_topk_cpu(BlockMassTopkParams const& p, ParallelFor const& parallel) {
+  int64_t const n = p.row.num_kv_blocks;
+  for_each_mass_row(p.row, parallel, [&](int64_t i, auto const& compute) {
+    std::vector<float> row(n);
+    compute(row.data());
+    double total = 0;  // nearly exact over fp32 masses
+    for (float const mass : row) total += mass;
+    p.total[i] = static_cast<float>(total);
+    int64_t const head = i / p.row.num_q_blocks, b = head / p.row.heads, h = head % p.row.heads;
+    bool const* const forced = p.forced ? p.forced + b * p.stride_forced.b + h * p.stride_forced.h : nullptr;
+    list_heaviest(row.data(), forced, n, p.k_max, p.indices + i * p.k_max, p.mass + i * p.k_max);
+  });
+}
+
 }  // namespace vdit

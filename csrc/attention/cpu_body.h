@@ -707,11 +707,104 @@ void norm_rope_item(RmsNormRopeParams const& p, int32_t const* inverse, CpuItem 
   }
 }
 
+// ---- block mass ----
+
+// Negated exponents are formed, in units of log 2, so that max() can clamp them: it keeps a NaN on its right.
+constexpr float kLog2E = 1.44269504089f;
+constexpr float kLowestNegated = -30.f * kLog2E;
+
+// One tile of keys, the first of which is `first`, against one group of rows: exponentials are added to the group's
+// running sums, and where a key block ends, the sums over its rows to its place in `row`.
+template <bool kDot, int kVecs>
+void mass_tile(BlockMassParams const& p, Scratch& t, int first_vec, int64_t first, int count, bool last, float* row) {
+  constexpr int kWidth = kVecs * kLanes;
+  int const words = words_of<kDot>(p.head_dim), lane0 = first_vec * kLanes;
+  Vec const neg_scale = Simd::set1(-p.scale * kLog2E), lowest = Simd::set1(kLowestNegated), minus = Simd::set1(-1.f);
+  Vec unused[kVecs], lse[kVecs], sum[kVecs];
+  VDIT_UNROLL
+  for (int v = 0; v < kVecs; ++v) {
+    unused[v] = Simd::set1(0.f);
+    lse[v] = Simd::load(t.max + lane0 + v * kLanes);
+    sum[v] = Simd::load(t.out + lane0 + v * kLanes);
+  }
+  score_tile<kDot, kVecs>(t.q + lane0 * words, t.k, words, count, t.s, unused);
+  int64_t block = first / p.kv_block_size, end = (block + 1) * p.kv_block_size;
+  for (int n = 0; n < count; ++n) {
+    VDIT_UNROLL
+    for (int v = 0; v < kVecs; ++v) {
+      Vec const negated = Simd::fma(Simd::load(t.s + n * kWidth + v * kLanes), neg_scale, lse[v]);
+      sum[v] = Simd::add(sum[v], Simd::exp2<true>(Simd::mul(Simd::max(lowest, negated), minus)));
+    }
+    if (first + n + 1 < end && !(last && n + 1 == count)) continue;
+    float lanes[kWidth], mass = 0.f;
+    VDIT_UNROLL
+    for (int v = 0; v < kVecs; ++v) {
+      Simd::store(lanes + v * kLanes, sum[v]);
+      sum[v] = Simd::set1(0.f);
+    }
+    for (int i = 0; i < kWidth; ++i)
+      if (t.sum[lane0 + i] != 0.f) mass += lanes[i];
+    row[block++] += mass;
+    end += p.kv_block_size;
+  }
+  VDIT_UNROLL
+  for (int v = 0; v < kVecs; ++v) Simd::store(t.out + lane0 + v * kLanes, sum[v]);
+}
+
+// `rows` rows from `begin` on against all keys. t.max holds their lse in units of log 2, t.sum whether they count, t.out
+// the running sums.
+template <bool kDot, class T>
+void mass_rows(BlockMassParams const& p, CpuItem const& item, int64_t begin, int rows, int64_t keys, float* row,
+               Scratch& t) {
+  T const* const q = static_cast<T const*>(p.q) + item.b * p.stride_q.b + item.h * p.stride_q.h;
+  T const* const k = static_cast<T const*>(p.k) + item.b * p.stride_k.b + item.h * p.stride_k.h;
+  float const* const lse = p.lse + item.b * p.stride_lse.b + item.h * p.stride_lse.h;
+  int const vecs = vecs_of(rows), groups = groups_of(vecs);
+  pack_rows<kDot>(q + begin * p.stride_q.s, p.stride_q.s, nullptr, rows, p.head_dim, false, t);
+  for (int i = 0; i < vecs * kLanes; ++i) {
+    float const value = i < rows ? lse[(begin + i) * p.stride_lse.s] : -__builtin_inff();
+    t.sum[i] = value == -__builtin_inff() ? 0.f : 1.f;
+    t.max[i] = t.sum[i] == 0.f ? 0.f : value * kLog2E;
+    t.out[i] = 0.f;
+  }
+  for (int64_t first = 0; first < keys; first += kTileKeys) {
+    int const count = static_cast<int>(min64(kTileKeys, keys - first));
+    bool const last = first + count == keys;
+    for (int n = 0; n < count; ++n)
+      copy_row<kDot>(k + (first + n) * p.stride_k.s, t.k + n * kTilePitch, p.head_dim);
+    for (int g = 0; g < groups; ++g) {
+      Group const group = group_of(g, groups, vecs);
+      if (group.vecs == 1) mass_tile<kDot, 1>(p, t, group.first_vec, first, count, last, row);
+      if (group.vecs == 2) mass_tile<kDot, 2>(p, t, group.first_vec, first, count, last, row);
+      if constexpr (Simd::kMaxVecs >= 3)
+        if (group.vecs == 3) mass_tile<kDot, 3>(p, t, group.first_vec, first, count, last, row);
+    }
+  }
+}
+
 void norm_rope(RmsNormRopeParams const& p, int32_t const* inverse, CpuItem const& item) {
   switch (p.dtype) {
     case DType::kFloat32: return norm_rope_item<float>(p, inverse, item);
     case DType::kFloat16: return norm_rope_item<Float16>(p, inverse, item);
     case DType::kBFloat16: return norm_rope_item<BFloat16>(p, inverse, item);
+  }
+}
+
+template <bool kDot, class T>
+void mass_item(BlockMassParams const& p, CpuItem const& item, float* row, Scratch& t) {
+  int64_t const begin = item.block * p.q_block_size, end = min64(begin + p.q_block_size, p.seqlen_q);
+  int64_t const keys = p.kv_lengths ? p.kv_lengths[item.b * p.stride_kv_lengths] : p.seqlen_kv;
+  for (int64_t j = 0; j < p.num_kv_blocks; ++j) row[j] = 0.f;
+  for (int64_t at = begin; at < end; at += kCpuItemRows)
+    mass_rows<kDot, T>(p, item, at, static_cast<int>(min64(kCpuItemRows, end - at)), keys, row, t);
+}
+
+void mass(BlockMassParams const& p, CpuItem const& item, float* row, void* scratch) {
+  Scratch& t = *static_cast<Scratch*>(scratch);
+  switch (p.dtype) {
+    case DType::kFloat32: return mass_item<false, float>(p, item, row, t);
+    case DType::kFloat16: return mass_item<false, Float16>(p, item, row, t);
+    case DType::kBFloat16: return mass_item<Simd::kDotBf16, BFloat16>(p, item, row, t);
   }
 }
 
@@ -721,4 +814,4 @@ void norm_rope(RmsNormRopeParams const& p, int32_t const* inverse, CpuItem const
 // The table of this unit.
 #define VDIT_ATTENTION_CPU_KERNELS                                             \
   {vdit::Simd::kName, sizeof(vdit::Scratch), vdit::attend,       vdit::assign, \
-   vdit::merge,       vdit::mean_pool,       vdit::segment_mean, vdit::norm_rope}
+   vdit::merge,       vdit::mean_pool,       vdit::segment_mean, vdit::norm_rope,  vdit::mass}

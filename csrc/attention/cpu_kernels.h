@@ -27,6 +27,8 @@ struct AttentionCpuKernels {
   void (*segment_mean)(SegmentMeanParams const& p, CpuItem const& item);  // item.block
   // Tokens [row, row + rows), all heads. `inverse` [b|1, h, s] of an index per head, else null; fp32 weight.
   void (*norm_rope)(RmsNormRopeParams const& p, int32_t const* inverse, CpuItem const& item);
+  // row[0 .. num_kv_blocks) of item.block.
+  void (*mass)(BlockMassParams const& p, CpuItem const& item, float* row, void* scratch);
 };
 
 extern AttentionCpuKernels const kAttentionPortable, kAttentionAvx2, kAttentionAvx512, kAttentionAvx512Bf16;

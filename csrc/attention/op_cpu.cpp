@@ -22,6 +22,8 @@ struct CpuBackend {
   static void run(Scope& s, TopkBlocksParams const& p, Tensor const&) { run_topk_blocks_cpu(p, s.parallel); }
   static void run(Scope& s, ToppBlocksParams const& p, Tensor const&) { run_topp_blocks_cpu(p, s.parallel); }
   static void run(Scope& s, RmsNormRopeParams const& p, Tensor const&) { run_rms_norm_rope_cpu(p, s.parallel); }
+  static void run(Scope& s, BlockMassParams const& p, Tensor const&) { run_block_mass_cpu(p, s.parallel); }
+  static void run(Scope& s, BlockMassTopkParams const& p, Tensor const&) { run_block_mass_topk_cpu(p, s.parallel); }
 };
 
 }  // namespace vdit

@@ -94,6 +94,18 @@ struct CudaBackend {
     Tensor space = workspace(like, rms_norm_rope_workspace_bytes(p));
     run_rms_norm_rope_sm80(p, space.mutable_data_ptr(), s.stream);
   }
+  static void run(Scope& s, BlockMassParams const& p, [[maybe_unused]] Tensor const& like) {
+#ifdef VDIT_HAS_SM90
+    if (use_sm90(like) && can_run_block_mass_sm90(p)) return run_block_mass_sm90(p, s.stream);
+#endif
+    run_block_mass_sm80(p, s.stream);
+  }
+  static void run(Scope& s, BlockMassTopkParams const& p, [[maybe_unused]] Tensor const& like) {
+#ifdef VDIT_HAS_SM90
+    if (use_sm90(like) && can_run_block_mass_sm90(p.row)) return run_block_mass_topk_sm90(p, s.stream);
+#endif
+    run_block_mass_topk_sm80(p, s.stream);
+  }
 };
 
 }  // namespace

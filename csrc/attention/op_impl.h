@@ -557,6 +557,116 @@ struct AttentionOps {
     return out;
   }
 
+  // --- block_mass, block_mass_topk ---------------------------------------------------------------------
+
+  static void check_lengths_contents(char const* op, Tensor const& given, int64_t length) {
+    Tensor const t = to_cpu(given);
+    for (int64_t b = 0; b < t.size(0); ++b) {
+      int32_t const n = t.const_data_ptr<int32_t>()[b * t.stride(0)];
+      VDIT_CHECK(n >= 0 && n <= length, op, "kv_lengths must be in 0..", length, ", got ", n, " for batch ", b);
+    }
+  }
+
+  // What both ops check, and their launch struct but for the results.
+  static BlockMassParams mass_params(char const* op, Tensor const& q, Tensor const& k, Tensor const& lse,
+                                     std::optional<Tensor> const& kv_lengths, int64_t q_block_size,
+                                     int64_t kv_block_size, std::optional<double> scale) {
+    Shape4 const size = check_rows(op, "q", q);
+    check_rows(op, "k", k);
+    check_same_device(op, "k", k, q);
+    check_dtype(op, "k", k, q.scalar_type());
+    VDIT_CHECK(k.size(0) == size.b && k.size(1) == size.h && k.size(3) == size.d, op, "k must be [", size.b, ", ",
+               size.h, ", Skv, ", size.d, "] like q, got ", shape_of(k));
+    check_head_dim(op, q);
+    check_alignment(op, "q", q);
+    check_alignment(op, "k", k);
+    check_same_device(op, "lse", lse, q);
+    check_dtype(op, "lse", lse, ScalarType::Float);
+    VDIT_CHECK(lse.dim() == 3 && lse.size(0) == size.b && lse.size(1) == size.h && lse.size(2) == size.s, op,
+               "lse must be [", size.b, ", ", size.h, ", ", size.s, "], got ", shape_of(lse));
+    VDIT_CHECK(q_block_size > 0 && kv_block_size > 0, op, "block sizes must be positive, got ", q_block_size, " and ",
+               kv_block_size);
+    BlockMassParams p;
+    if (kv_lengths) {
+      check_same_device(op, "kv_lengths", *kv_lengths, q);
+      check_dtype(op, "kv_lengths", *kv_lengths, ScalarType::Int);
+      VDIT_CHECK(kv_lengths->dim() == 1 && kv_lengths->size(0) == size.b, op, "kv_lengths must be [", size.b,
+                 "], got ", shape_of(*kv_lengths));
+      if (contents_checked()) check_lengths_contents(op, *kv_lengths, k.size(2));
+      p.kv_lengths = kv_lengths->const_data_ptr<int32_t>();
+      p.stride_kv_lengths = stride_of(*kv_lengths, 0);
+    }
+    p.q = q.const_data_ptr();
+    p.k = k.const_data_ptr();
+    p.lse = lse.const_data_ptr<float>();
+    p.stride_q = strides3(q);
+    p.stride_k = strides3(k);
+    p.stride_lse = strides3(lse);
+    p.batch = size.b;
+    p.heads = size.h;
+    p.seqlen_q = size.s;
+    p.seqlen_kv = k.size(2);
+    p.num_q_blocks = (size.s + q_block_size - 1) / q_block_size;
+    p.num_kv_blocks = (k.size(2) + kv_block_size - 1) / kv_block_size;
+    p.head_dim = static_cast<int32_t>(size.d);
+    p.q_block_size = block_rows(q_block_size, size.s);
+    p.kv_block_size = block_rows(kv_block_size, k.size(2));
+    p.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(size.d)));
+    p.dtype = to_dtype(q.scalar_type());
+    return p;
+  }
+
+  static Tensor block_mass(Tensor q, Tensor k, Tensor lse, std::optional<Tensor> kv_lengths, int64_t q_block_size,
+                           int64_t kv_block_size, std::optional<double> scale) {
+    BlockMassParams p = mass_params("block_mass", q, k, lse, kv_lengths, q_block_size, kv_block_size, scale);
+    Scope scope(q);
+    std::vector<int64_t> const shape{p.batch, p.heads, p.num_q_blocks, p.num_kv_blocks};
+    Tensor mass = torch::stable::new_empty(q, shape, ScalarType::Float);
+    if (mass.numel() == 0) return mass;
+    p.mass = mass.mutable_data_ptr<float>();
+    Backend::run(scope, p, q);
+    return mass;
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> block_mass_topk(Tensor q, Tensor k, Tensor lse, int64_t k_max,
+                                                            std::optional<Tensor> forced,
+                                                            std::optional<Tensor> kv_lengths, int64_t q_block_size,
+                                                            int64_t kv_block_size, std::optional<double> scale) {
+    char const* op = "block_mass_topk";
+    BlockMassTopkParams p;
+    p.row = mass_params(op, q, k, lse, kv_lengths, q_block_size, kv_block_size, scale);
+    int64_t const nkv = p.row.num_kv_blocks;
+    VDIT_CHECK(k_max >= 0 && k_max <= nkv, op, "k_max must be in 0..", nkv, " (the key blocks), got ", k_max);
+    if constexpr (Backend::kCuda)
+      VDIT_CHECK(nkv <= kMaxMassBlocks, op, "there must be at most ", kMaxMassBlocks, " key blocks on CUDA, got ", nkv,
+                 "; raise kv_block_size");
+    if (forced) {
+      check_same_device(op, "forced", *forced, q);
+      check_dtype(op, "forced", *forced, ScalarType::Bool);
+      bool const whole = forced->dim() == 3 && (forced->size(0) == p.row.batch || forced->size(0) == 1) &&
+                         (forced->size(1) == p.row.heads || forced->size(1) == 1) && forced->size(2) == nkv;
+      VDIT_CHECK(whole || (forced->dim() == 1 && forced->size(0) == nkv), op, "forced must be [", nkv, "] or [",
+                 p.row.batch, " or 1, ", p.row.heads, " or 1, ", nkv, "], got ", shape_of(*forced));
+      forced = torch::stable::contiguous(*forced);
+      p.forced = forced->const_data_ptr<bool>();
+      if (forced->dim() == 3) p.stride_forced = broadcast2(*forced);
+    }
+    Scope scope(q);
+    std::vector<int64_t> const rows{p.row.batch, p.row.heads, p.row.num_q_blocks};
+    std::vector<int64_t> const lists{p.row.batch, p.row.heads, p.row.num_q_blocks, k_max};
+    Tensor indices = torch::stable::new_empty(q, lists, ScalarType::Int);
+    Tensor mass = torch::stable::new_empty(q, lists, ScalarType::Float);
+    if (nkv == 0) return {indices, mass, torch::stable::new_zeros(q, rows, ScalarType::Float)};
+    Tensor total = torch::stable::new_empty(q, rows, ScalarType::Float);
+    if (total.numel() == 0) return {indices, mass, total};
+    p.indices = indices.mutable_data_ptr<int32_t>();
+    p.mass = mass.mutable_data_ptr<float>();
+    p.total = total.mutable_data_ptr<float>();
+    p.k_max = k_max;
+    Backend::run(scope, p, q);
+    return {indices, mass, total};
+  }
+
   // -------------------------------------------------------------------------------------------------------
 
   static void bind(torch::stable::detail::StableLibrary& m) {
@@ -571,6 +681,8 @@ struct AttentionOps {
     m.impl("topk_blocks", TORCH_BOX(&topk_blocks));
     m.impl("topp_blocks", TORCH_BOX(&topp_blocks));
     m.impl("rms_norm_rope", TORCH_BOX(&rms_norm_rope));
+    m.impl("block_mass", TORCH_BOX(&block_mass));
+    m.impl("block_mass_topk", TORCH_BOX(&block_mass_topk));
   }
 };
 

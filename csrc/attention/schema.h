@@ -23,6 +23,12 @@ inline void define_attention_schemas(torch::stable::detail::StableLibrary& m) {
   m.def(
       "rms_norm_rope(Tensor x, Tensor? weight=None, Tensor? cos=None, Tensor? sin=None, *, Tensor? index=None, "
       "bool across_heads=False, bool interleaved=True, int rope_start=0, float? eps=1e-6) -> Tensor");
+  m.def(
+      "block_mass(Tensor q, Tensor k, Tensor lse, *, Tensor? kv_lengths=None, int q_block_size=64, "
+      "int kv_block_size=64, float? scale=None) -> Tensor");
+  m.def(
+      "block_mass_topk(Tensor q, Tensor k, Tensor lse, int k_max, *, Tensor? forced=None, Tensor? kv_lengths=None, "
+      "int q_block_size=64, int kv_block_size=64, float? scale=None) -> (Tensor, Tensor, Tensor)");
 }
 
 }  // namespace vdit

@@ -505,8 +505,19 @@ VDIT_DEVICE float fast_rsqrt(float x) {
 #endif
 }
 
-// The same value, unknown to the compiler: what is computed from it inside a loop stays there instead of
-// being kept in registers across the loop.
+// The smaller, or NaN where one is: fminf drops a NaN.
+VDIT_DEVICE float min_or_nan(float a, float b) {
+#if defined(VDIT_EMU)
+  return a != a || a < b ? a : b;
+#else
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#endif
+}
+
+// The same value, unknown to the compiler: what is computed from it inside a loop stays there instead of being
+// kept in registers across the loop.
 VDIT_DEVICE int not_hoisted(int v) {
 #if !defined(VDIT_EMU)
   asm volatile("" : "+r"(v));

@@ -16,7 +16,7 @@ from vdit_ext.cli import app, doctor
 
 EXPECTED_OPS = {
     "block_sparse_attention", "merge_attention", "permute_rows", "unpermute_rows", "mean_pool_blocks", "kmeans_assign",
-    "label_sort", "segment_mean", "topk_blocks", "topp_blocks",
+    "label_sort", "segment_mean", "topk_blocks", "topp_blocks", "block_mass", "block_mass_topk",
 }  # fmt: skip
 
 

@@ -31,7 +31,6 @@ def run_all(ops) -> None:
         )
         centroids = x[:, :, : max(1, x.shape[2] // 9)].contiguous()
         labels = ops.kmeans_assign(x, centroids)
-        torch.ops.vdit_emu_sm90.kmeans_assign(x, centroids)
         sorted_idx, offsets = ops.label_sort(labels, centroids.shape[2])
         ops.segment_mean(x, sorted_idx, offsets, centroids)
         ops.unpermute_rows(ops.permute_rows(x, sorted_idx), sorted_idx)
@@ -39,6 +38,10 @@ def run_all(ops) -> None:
         ops.topk_blocks(scores, 7, per_head=True)
         ops.topk_blocks(scores, 2)
         ops.topp_blocks(scores, 0.8, min_blocks=2)
+        for block in (64, 50):
+            sizes = {"q_block_size": block, "kv_block_size": block}
+            ops.block_mass(inputs.q, x, lse, **sizes)
+            ops.block_mass_topk(inputs.q, x, lse, 1, **sizes)
         print("ran", ops.name, case.name, flush=True)
     for case in rope_cases.every:
         inputs = rope_cases.make_norm_rope(case, torch.bfloat16)

@@ -366,6 +366,8 @@ OPCHECKS = {
         rows(1, 2, 9, 64), torch.randn(1, 2, 9), rows(1, 2, 9, 64), torch.randn(1, 2, 9)
     ),
     "rms_norm_rope": lambda: (rows(1, 2, 9, 64), torch.randn(64), *torch.randn(2, 1, 1, 7, 64)),
+    "block_mass": lambda: (rows(1, 2, 70, 64), rows(1, 2, 90, 64, seed=1), torch.randn(1, 2, 70)),
+    "block_mass_topk": lambda: (rows(1, 2, 70, 64), rows(1, 2, 90, 64, seed=1), torch.randn(1, 2, 70), 2),
 }  # fmt: skip
 
 

@@ -172,6 +172,41 @@ struct RmsNormRopeParams {
   DType weight_dtype = DType::kFloat32, rope_dtype = DType::kFloat32;  // fp32 or dtype
 };
 
+// mass[i][j] = sum over the rows r of query block i and the keys t of key block j of
+// exp(min(scale * q_r . k_t - lse_r, 30)), fp32 terms and sums in a fixed order. With the lse of dense attention it is
+// the softmax mass of the block; with an older one it is not normalised, which the clamp keeps finite. Keys at or past
+// kv_lengths[b] do not count, nor do rows whose lse is -inf. NaN in a row or its lse reaches the row of its query block,
+// in a key the column of its key block. Blocks are uniform; the last may be ragged.
+struct BlockMassParams {
+  void const* q = nullptr;              // [b, h, q, d]
+  void const* k = nullptr;              // [b, h, kv, d], same dtype
+  float const* lse = nullptr;           // [b, h, q], natural log
+  int32_t const* kv_lengths = nullptr;  // [b], or null for kv
+  float* mass = nullptr;                // [b, h, nq, nkv] contiguous
+  Strides3 stride_q, stride_k;
+  Strides3 stride_lse;  // .s is the stride over rows
+  int64_t stride_kv_lengths = 0;
+  int64_t batch = 0, heads = 0, seqlen_q = 0, seqlen_kv = 0;
+  int64_t num_q_blocks = 0, num_kv_blocks = 0;
+  int32_t head_dim = 0;
+  int32_t q_block_size = 64, kv_block_size = 64;
+  float scale = 1.f;
+  DType dtype = DType::kFloat32;
+};
+
+// The first k_max of each row's blocks: the forced ones in rising order, then the others by falling mass, ties to the
+// lowest index, NaN last. No [nq, nkv] matrix exists: on CUDA a row lives in shared memory. `total` is the sum of the
+// whole row.
+struct BlockMassTopkParams {
+  BlockMassParams row;           // .mass is not used
+  bool const* forced = nullptr;  // [b|1, h|1, nkv] or null
+  int32_t* indices = nullptr;    // [b, h, nq, k_max] contiguous
+  float* mass = nullptr;         // [b, h, nq, k_max] contiguous
+  float* total = nullptr;        // [b, h, nq] contiguous
+  Strides2 stride_forced;
+  int64_t k_max = 0;  // at most nkv
+};
+
 // CPU: portable, AVX2 and AVX-512 bodies, chosen at run time. Arguments are trusted: the callers' checks
 // (csrc/attention/checks.h) come first.
 void run_block_sparse_attention_cpu(BlockSparseAttentionParams const& p, ParallelFor const& parallel);
@@ -184,6 +219,8 @@ void run_segment_mean_cpu(SegmentMeanParams const& p, ParallelFor const& paralle
 void run_topk_blocks_cpu(TopkBlocksParams const& p, ParallelFor const& parallel);
 void run_topp_blocks_cpu(ToppBlocksParams const& p, ParallelFor const& parallel);
 void run_rms_norm_rope_cpu(RmsNormRopeParams const& p, ParallelFor const& parallel);
+void run_block_mass_cpu(BlockMassParams const& p, ParallelFor const& parallel);
+void run_block_mass_topk_cpu(BlockMassTopkParams const& p, ParallelFor const& parallel);
 
 // CUDA, compute capability 8.0 and up. `stream` is a cudaStream_t. Nothing waits for the device.
 // Attention wants its rows (q, k, v, out) at multiples of 16 bytes, and throws std::runtime_error where they are not.
@@ -212,5 +249,15 @@ int64_t rms_norm_rope_workspace_bytes(RmsNormRopeParams const& p);
 void run_kmeans_assign_sm90(KMeansAssignParams const& p, void* workspace, void* stream);
 int64_t kmeans_assign_sm90_workspace_bytes(KMeansAssignParams const& p);
 bool can_run_kmeans_assign_sm90(KMeansAssignParams const& p);
+// fp16 and bf16, head sizes 64, 96 and 128; rows of q and k at multiples of 16 bytes, else std::runtime_error.
+// block_mass_topk takes at most kMaxMassBlocks key blocks, and as many as the device's shared memory holds.
+constexpr int64_t kMaxMassBlocks = 24576;
+void run_block_mass_sm80(BlockMassParams const& p, void* stream);
+void run_block_mass_topk_sm80(BlockMassTopkParams const& p, void* stream);
+// Compute capability 9.0: the same with wgmma and TMA, for query blocks of 64, 128 or 256 rows, key blocks of a multiple
+// of 64, and rows of masses that fit the shared memory: can_run_... tells.
+void run_block_mass_sm90(BlockMassParams const& p, void* stream);
+void run_block_mass_topk_sm90(BlockMassTopkParams const& p, void* stream);
+bool can_run_block_mass_sm90(BlockMassParams const& p);
 
 }  // namespace vdit

@@ -5,6 +5,8 @@ from ._library import NAMESPACE, library_dir, load_libraries
 LIBRARIES = load_libraries()
 
 from .attention import (  # noqa: E402
+    block_mass,
+    block_mass_topk,
     block_sparse_attention,
     kmeans_assign,
     label_sort,
@@ -23,6 +25,8 @@ from .attention import (  # noqa: E402
 __all__ = [
     "LIBRARIES",
     "NAMESPACE",
+    "block_mass",
+    "block_mass_topk",
     "block_sparse_attention",
     "kmeans_assign",
     "label_sort",

@@ -33,6 +33,8 @@ OPS = (
     "topk_blocks",
     "topp_blocks",
     "rms_norm_rope",
+    "block_mass",
+    "block_mass_topk",
 )
 HEAD_DIMS_CUDA = (64, 96, 128)
 
@@ -71,8 +73,8 @@ def _register_no_backward(op: str) -> None:
             )
 
     def kernel(keyset, *args, **kwargs):
-        # Keyword-only tensors of this family are int32: they never ask for gradients. The dispatcher passes the
-        # others by position, however the caller named them.
+        # Keyword-only tensors of this family are int32 or bool: they never ask for gradients. The dispatcher
+        # passes the others by position, however the caller named them.
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return NoBackward.apply(keyset, kwargs, *args)
         return call(keyset, args, kwargs)
@@ -118,10 +120,10 @@ def block_sparse_attention(
             ``BlockMask``. Entries past the count are ignored. A block listed twice counts twice.
         q_offsets, kv_offsets: int32 ``[B|1, H|1, n+1]``; block i is rows ``[offsets[i], offsets[i+1])`` and
             may be empty. They start at 0, never fall, and end at S. None means uniform blocks.
-        q_index: int32 ``[B|1, H|1, Sq]``, a permutation: row i in the order of the blocks is row ``q_index[i]`` of
-            q, and so it is of the results. None means that queries lie in that order. It spares permuting q and
-            putting the results back; k and v, of which every row is read many times, are permuted beforehand
-            (:func:`permute_rows`).
+        q_index: int32 ``[B|1, H|1, Sq]``, a permutation: row i in the order of the blocks is row ``q_index[i]``
+            of q, and so it is of the results. None means that queries lie in that order. It spares permuting q
+            and putting the results back; k and v, of which every row is read many times, are permuted
+            beforehand (:func:`permute_rows`).
         q_block_size, kv_block_size: uniform block sizes; the last block may be ragged. Unused with offsets.
         scale: factor on the logits, by default ``D ** -0.5``.
 
@@ -138,8 +140,9 @@ def block_sparse_attention(
 
     Unchecked on CUDA: a query block with a count or an index out of range gives NaN in ``out`` and ``lse``;
     ``q_offsets`` that end early leave rows that no block covers, which give 0 and ``-inf`` as rows without keys
-    do; with ones that start late or fall, the rows concerned hold anything, and so do rows that ``q_index`` does
-    not name or names twice. Of ``kv_offsets`` a block is what lies inside the sequence, and empty where they fall.
+    do; with ones that start late or fall, the rows concerned hold anything, and so do rows that ``q_index``
+    does not name or names twice. Of ``kv_offsets`` a block is what lies inside the sequence, and empty where
+    they fall.
 
     NaN and Inf in a query row stay in that row; in a key or value row they reach only the query rows whose
     list holds its block.
@@ -759,3 +762,171 @@ def rms_norm_rope_naive(
 def _pairs(first: Tensor, second: Tensor, interleaved: bool) -> Tensor:
     """Channels from the first and the second ones of all pairs, ``[..., D/2]`` each."""
     return torch.stack([first, second], -1).flatten(-2) if interleaved else torch.cat([first, second], -1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# block_mass, block_mass_topk
+# ---------------------------------------------------------------------------------------------------------
+
+
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    kv_lengths: Tensor | None = None,
+    q_block_size: int = 64,
+    kv_block_size: int = 64,
+    scale: float | None = None,
+) -> Tensor:
+    """How much softmax mass each block of keys has for each block of queries, measured and not estimated.
+
+    ``mass[i, j]`` is the sum over the rows r of query block i and the keys t of key block j of
+    ``exp(min(scale * q[r].k[t] - lse[r], 30))`` (AdaSpa, arXiv 2502.21079, section 4; its algorithms print a
+    logarithm there). With the lse of dense attention over the same q and k, a row of blocks sums to the number
+    of its query rows. With an lse of an earlier step it does not, and the clamp keeps the terms finite.
+
+    Args:
+        q: ``[B, H, Sq, D]`` fp16 or bf16 (fp32 too on CPU); D in 64, 96, 128 on CUDA, any multiple of 8 up
+            to 256 on CPU.
+        k: ``[B, H, Skv, D]``, dtype and device of ``q``.
+        lse: fp32 ``[B, H, Sq]``, natural logarithm, as :func:`block_sparse_attention` returns it.
+        kv_lengths: int32 ``[B]`` in ``[0, Skv]``; keys at or past it are padding and count nothing. None means
+            Skv.
+        q_block_size, kv_block_size: at least 1; the last block of an axis may be ragged. On CUDA query blocks
+            are padded to a multiple of 16 rows and key blocks to one of 64, which costs time only.
+        scale: factor on the logits, by default ``D ** -0.5``.
+
+    Returns:
+        fp32 ``[B, H, nQ, nKV]``. Exponentials and sums are fp32 in a fixed order: equal inputs give equal bits.
+        A row whose lse is -inf saw no key and adds 0, whatever it holds.
+
+    NaN in a query row or its lse reaches all blocks with keys of that row's query block; in a key all masses of
+    its key block; behind ``kv_lengths`` nothing.
+
+    Raises:
+        RuntimeError: one sentence, for another head size or dtype than the device has, rows that are not
+            aligned to 16 bytes (CUDA), block sizes below 1, and lengths outside of ``[0, Skv]`` (module
+            docstring: on CUDA on request; unchecked, the nearest length counts).
+    """
+    return _OPS.block_mass(
+        q,
+        k,
+        lse,
+        kv_lengths=kv_lengths,
+        q_block_size=q_block_size,
+        kv_block_size=kv_block_size,
+        scale=scale,
+    )
+
+
+@torch.library.register_fake(f"{NAMESPACE}::block_mass")
+def _(q, k, lse, *, kv_lengths=None, q_block_size=64, kv_block_size=64, scale=None):
+    _same_device("block_mass", q, k=k, lse=lse, kv_lengths=kv_lengths)
+    nq, nkv = num_blocks(None, q_block_size, q.shape[2]), num_blocks(None, kv_block_size, k.shape[2])
+    return q.new_empty(*q.shape[:2], nq, nkv, dtype=torch.float32)
+
+
+def block_mass_naive(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    kv_lengths: Tensor | None = None,
+    q_block_size: int = 64,
+    kv_block_size: int = 64,
+    scale: float | None = None,
+) -> Tensor:
+    """The definition, in fp64, one pair of blocks at a time. Arguments as :func:`block_mass`."""
+    b, h, seqlen_q, dim = q.shape
+    scale = dim**-0.5 if scale is None else scale
+    q_bounds = block_bounds(None, q_block_size, seqlen_q, 0, 0)
+    kv_bounds = block_bounds(None, kv_block_size, k.shape[2], 0, 0)
+    mass = torch.zeros(b, h, len(q_bounds), len(kv_bounds), dtype=torch.float64, device=q.device)
+    seen = lse.double() != -torch.inf
+    for entry in range(b):
+        length = k.shape[2] if kv_lengths is None else int(kv_lengths[entry])
+        for i, (q_start, q_end) in enumerate(q_bounds):
+            for j, (start, end) in enumerate(kv_bounds):
+                if (end := min(end, length)) <= start:
+                    continue
+                logits = q[entry, :, q_start:q_end].double() @ k[entry, :, start:end].double().mT * scale
+                exponents = logits - lse[entry, :, q_start:q_end, None].double()
+                terms = exponents.clamp(max=30).exp().sum(-1)
+                mass[entry, :, i, j] = torch.where(seen[entry, :, q_start:q_end], terms, 0.0).sum(-1)
+    return mass.float()
+
+
+def block_mass_topk(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    k_max: int,
+    *,
+    forced: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    q_block_size: int = 64,
+    kv_block_size: int = 64,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The heaviest key blocks of each query block, in such an order that a smaller budget is a prefix.
+
+    :func:`block_mass` and the choice among its rows in one kernel: no ``[nQ, nKV]`` matrix is written. What a
+    budget of n blocks keeps is ``indices[..., :n]``, and its recall ``mass[..., :n].sum(-1) / total``.
+
+    Args:
+        q, k, lse, kv_lengths, q_block_size, kv_block_size, scale: as :func:`block_mass` takes them.
+        k_max: how many blocks to list, 0 to nKV. On CUDA nKV may be up to 24576, or less where a thread block's
+            shared memory holds fewer: it takes 4 bytes a key block, and 2 bytes more or 32 KB.
+        forced: bool ``[nKV]`` or ``[B|1, H|1, nKV]``: blocks that come first whatever their mass.
+
+    Returns:
+        ``indices`` int32 ``[B, H, nQ, k_max]``: first the forced blocks, ascending, then the others by falling
+        mass, ties to the lowest index and NaN last. ``mass`` fp32 ``[B, H, nQ, k_max]``, that of each listed
+        block. ``total`` fp32 ``[B, H, nQ]``, that of all blocks of the row.
+
+    Raises:
+        RuntimeError: as :func:`block_mass`, and for ``k_max`` outside of ``[0, nKV]``, more key blocks than the
+            device takes, or ``forced`` of another shape or dtype.
+    """
+    return _OPS.block_mass_topk(
+        q,
+        k,
+        lse,
+        k_max,
+        forced=forced,
+        kv_lengths=kv_lengths,
+        q_block_size=q_block_size,
+        kv_block_size=kv_block_size,
+        scale=scale,
+    )
+
+
+@torch.library.register_fake(f"{NAMESPACE}::block_mass_topk")
+def _(q, k, lse, k_max, *, forced=None, kv_lengths=None, q_block_size=64, kv_block_size=64, scale=None):
+    _same_device("block_mass_topk", q, k=k, lse=lse, forced=forced, kv_lengths=kv_lengths)
+    rows = (*q.shape[:2], num_blocks(None, q_block_size, q.shape[2]))
+    return (
+        q.new_empty(*rows, k_max, dtype=torch.int32),
+        q.new_empty(*rows, k_max, dtype=torch.float32),
+        q.new_empty(rows, dtype=torch.float32),
+    )
+
+
+def heaviest_blocks(mass: Tensor, k_max: int, forced: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`block_mass_topk` lists of masses ``[B, H, nQ, nKV]`` that are known."""
+    order = _descending(mass)
+    if forced is not None:
+        first = forced.expand(*mass.shape[:2], -1)[:, :, None].expand(mass.shape)
+        index = torch.arange(mass.shape[-1], device=mass.device).expand(mass.shape)
+        rank = torch.empty_like(order).scatter_(-1, order, index)
+        order = torch.where(first, index - mass.shape[-1], rank).argsort(-1)
+    indices = order[..., :k_max]
+    return indices.int(), mass.gather(-1, indices), mass.double().sum(-1).float()
+
+
+def block_mass_topk_naive(
+    q: Tensor, k: Tensor, lse: Tensor, k_max: int, *, forced: Tensor | None = None, **kwargs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition. Arguments as :func:`block_mass_topk`."""
+    return heaviest_blocks(block_mass_naive(q, k, lse, **kwargs), k_max, forced)
