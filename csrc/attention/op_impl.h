@@ -515,7 +515,7 @@ struct AttentionOps {
       check_list(op, "index", *index, x, 3, size.b, size.h);
       VDIT_CHECK(index->size(2) == size.s, op, "index must have one entry for each of the ", size.s, " tokens, got ",
                  index->size(2));
-      if (contents_checked()) check_index_contents(op, *index, size.s, true);
+      if (contents_checked()) check_index_contents(op, "index", *index, size.s, true);
     }
     Scope scope(x);
     Tensor out = empty_like_query(x);
