@@ -260,6 +260,7 @@ def method_group(model: Model, name: str, dtype, device: str, args) -> Group:
     made = plan.kv_num_blocks, plan.kv_indices, plan_kwargs(plan)
     figure = {"model": model.name, "kind": kind_of(plan), "method": name, "part": "attention"}
     attention = attention_case(f"{model.name}_{name}", figure, moved, made, group, dense, args)
+    in_place(attention, plan, q)
     group.cases.append(attention)
 
     def part(what: str, call: Callable, check: Callable, nbytes: float = 0.0) -> None:
@@ -269,11 +270,22 @@ def method_group(model: Model, name: str, dtype, device: str, args) -> Group:
 
     tokens = layout.num_tokens
     part("plan", lambda: method.plan(q, k, layout, state), lambda got: got.validate(tokens, tokens))
-    if plan.q_index is not None:
-        call = permutation(plan, q, k, v, torch.empty_like(moved[0]).copy_(moved[0]))
-        traffic = 8 * q.numel() * q.element_size() + 4 * 4 * plan.q_index.numel()
-        part("permute", call, PermutationCheck(plan, q, k, v), traffic)
+    if plan.kv_index is not None:
+        traffic = 4 * k.numel() * k.element_size() + 2 * 4 * plan.kv_index.numel()
+        part("permute", permutation(plan, k, v), PermutationCheck(plan, k, v), traffic)
     return group
+
+
+def in_place(case: Case, plan, q: Tensor) -> None:
+    """Lets our side of a case over permuted queries take them as they lie, which is what a model's layer does.
+
+    Sparse peers keep the permuted ones, and are spared the permutation.
+    """
+    if plan.q_index is None:
+        return
+    moved, (counts, lists, kwargs) = case.check.inputs[:3], case.check.inputs[3:]
+    case.call = lambda: ops.block_sparse_attention(q, *moved[1:], counts, lists, q_index=plan.q_index, **kwargs)
+    case.check = bench_attention.PermutedCheck(case.check, plan.q_index)
 
 
 def make_method(name: str, q_clusters: int, k_clusters: int, sparsity: float):
@@ -320,24 +332,18 @@ def permuted(plan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
     return q, k, v
 
 
-def permutation(plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Callable:
-    """All that a layer moves for a plan: q, k and v into its order, the output back."""
-
-    def call():
-        return *permuted(plan, q, k, v), ops.unpermute_rows(out, plan.q_index)
-
-    return call
+def permutation(plan, k: Tensor, v: Tensor) -> Callable:
+    """What a layer moves for a plan: keys and values. Attention takes queries and leaves results in place."""
+    return lambda: (ops.permute_rows(k, plan.kv_index), ops.permute_rows(v, plan.kv_index))
 
 
 class PermutationCheck:
-    """The moved rows are the definition's, and moving the queries back gives them again."""
+    """The moved rows are the definition's."""
 
-    def __init__(self, plan, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self.plan, self.inputs = plan, (q, k, v)
+    def __init__(self, plan, k: Tensor, v: Tensor) -> None:
+        self.index, self.inputs = plan.kv_index, (k, v)
 
     def __call__(self, result) -> None:
-        indices = self.plan.q_index, self.plan.kv_index, self.plan.kv_index
-        for got, given, index in zip(result[:3], self.inputs, indices, strict=True):
-            wide = index.long()[..., None].expand(*given.shape[:2], -1, given.shape[3])
+        for got, given in zip(result, self.inputs, strict=True):
+            wide = self.index.long()[..., None].expand(*given.shape[:2], -1, given.shape[3])
             assert torch.equal(got, given.gather(2, wide)), "permuted rows are not the definition's"
-        assert torch.equal(result[3], self.inputs[0]), "rows that were moved back are not where they were"

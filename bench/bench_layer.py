@@ -264,11 +264,11 @@ def layer_group(shape: str, model: Model, name: str, dtype, device: str) -> Grou
     check = bench_attention.make_check(*moved, plan.kv_num_blocks, plan.kv_indices, kwargs)
     case("layer", lambda: layer.run(processor), LayerCheck(layer, entry, name), dense)
     case("attention", attend, check, attention, kernel=bench_hopper.kernel_of(attend, device))
+    bench_hopper.in_place(group.cases[-1], plan, q)
     group.cases[-1].flops, group.cases[-1].exps = 4.0 * q.shape[3] * pairs, float(pairs)
     case("plan", lambda: method.plan(q, k, model.layout, state), lambda got: got.validate(tokens, tokens))
-    if plan.q_index is not None:
-        move = bench_hopper.permutation(plan, q, k, v, moved[0].clone())
-        case("permute", move, bench_hopper.PermutationCheck(plan, q, k, v))
+    if plan.kv_index is not None:
+        case("permute", bench_hopper.permutation(plan, k, v), bench_hopper.PermutationCheck(plan, k, v))
     return group
 
 

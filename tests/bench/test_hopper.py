@@ -175,7 +175,7 @@ def test_a_wrong_kernel_gets_no_figure(tmp_path, monkeypatch):
 
 
 def test_a_permutation_that_is_not_the_definitions_is_not_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_hopper.ops, "unpermute_rows", lambda x, index: x.clone())
+    monkeypatch.setattr(bench_hopper.ops, "permute_rows", lambda x, index: x.clone())
     _, result, _ = result_of(tmp_path, "hopper", "--shapes", "wan14b", "--no-flex", "--select", "svg2")
     assert {r["op"]: r["status"] for r in result["rows"]}["permute"] == "check failed"
 
