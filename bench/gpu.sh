@@ -219,7 +219,7 @@ if wanted check; then
   done
   if [ "${kernels[0]}" = sm90 ]; then
     VDIT_ATTENTION_KERNEL=sm90 stage check_attention_sm90 90 "$python" bench/check_cuda.py --family attention --large \
-      --op block_sparse_attention,plan,cuda_graph,stream --seconds 80 --out "$out/check_attention_sm90.json"
+      --op block_sparse_attention,kmeans_assign,block_mass,block_mass_topk,plan,cuda_graph,stream --seconds 80 --out "$out/check_attention_sm90.json"
   fi
 fi
 
