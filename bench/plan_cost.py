@@ -150,6 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
     parser.add_argument("--method", choices=("svg2", "draft", "all"), default="all")
     parser.add_argument("--iters", type=int, default=2, help="Lloyd iterations of a warm step (default: 2)")
+    parser.add_argument(
+        "--sample", type=int, default=1, help="iterations but the last see 1 in so many (default: 1)"
+    )
     parser.add_argument("--density", type=float, default=0.25, help="kept share of the pairs (default: 0.25)")
     options = parser.parse_args(argv)
     lines = [
@@ -164,7 +167,9 @@ def main(argv: list[str] | None = None) -> None:
     for model in MODELS if options.model == "all" else [options.model]:
         num_q, num_k = MODELS[model]
         methods = {
-            "svg2": SVG2(num_q_clusters=num_q, num_k_clusters=num_k, iter_step=options.iters),
+            "svg2": SVG2(
+                num_q_clusters=num_q, num_k_clusters=num_k, iter_step=options.iters, iter_sample=options.sample
+            ),
             "draft": DraftAttention(sparsity=1 - options.density),
         }
         for name in methods if options.method == "all" else [options.method]:

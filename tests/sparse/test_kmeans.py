@@ -9,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vdit_ext import ops
+from vdit_ext.ops import attention as defs
+from vdit_ext.sparse import SVG2
 from vdit_ext.sparse.kmeans import draw_centroids, inertia, kmeans
+from vdit_ext.testing import assert_close
 
 
 def blobs(groups: int, members: int, dim: int = 8, spread: float = 0.01):
@@ -167,3 +170,31 @@ def test_bad_inputs():
     ]:
         with pytest.raises(ValueError, match=sentence):
             kmeans(x, **given_)
+
+
+def test_sampled_iterations_end_with_one_over_all_rows():
+    """By hand: the first iteration sees rows 0, 3, 6..., the second 1, 4, 7..., the last all of them."""
+    x = blobs(6, 15)
+    found = kmeans(x, 6, num_iters=3, seed=2, sample=3)
+    centroids = draw_centroids(x, 6, seed=2)
+    for rows in (x[:, :, 0::3], x[:, :, 1::3], x):
+        labels = defs.kmeans_assign_naive(rows, centroids)
+        order, offsets = defs.label_sort_naive(labels, 6)
+        centroids = defs.segment_mean_naive(rows, order, offsets, centroids)
+    assert torch.equal(found.labels, labels) and torch.equal(found.sorted_idx, order)
+    assert_close(found.centroids, centroids)
+
+
+def test_sampling_fewer_rows_than_the_stride():
+    x = blobs(2, 2)
+    found = kmeans(x, 2, num_iters=9, sample=100)
+    assert found.labels.shape == x.shape[:3] and found.centroids.isfinite().all()
+
+
+def test_sampling_and_a_tolerance_are_refused_together():
+    with pytest.raises(
+        ValueError, match="tolerance must be None where iterations see every 4th row only, got 0.1"
+    ):
+        kmeans(blobs(2, 5), 2, num_iters=2, sample=4, tolerance=0.1)
+    with pytest.raises(ValueError, match="SVG2: tolerance must be None with iter_sample 4, got 0.1"):
+        SVG2(iter_sample=4, tolerance=0.1)

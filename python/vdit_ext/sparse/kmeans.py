@@ -51,6 +51,7 @@ def kmeans(
     init: str = "random",
     seed: int = 0,
     tolerance: float | None = None,
+    sample: int = 1,
 ) -> Clusters:
     """Cluster the rows of every head by Euclidean distance.
 
@@ -69,6 +70,8 @@ def kmeans(
             neither the device nor the batch size changes the result of a clip.
         tolerance: stop when no centroid of any head moved farther than this. It reads a number back from the
             device at every iteration, so it is off (None) by default and cannot be used under compilation.
+        sample: iterations before the last see every ``sample``-th row only, each time from the next one on; 1
+            shows them all. The last one sees every row.
 
     Raises:
         ValueError: one sentence with what was expected and what came.
@@ -82,8 +85,14 @@ def kmeans(
         )
     require_whole("kmeans", "num_iters", num_iters, 1)
     require_choice("kmeans", "init", init, INITS)
+    require_whole("kmeans", "sample", sample, 1)
     if tolerance is not None:
         require_number("kmeans", "tolerance", tolerance, 0)
+        if sample > 1:
+            raise ValueError(
+                f"kmeans: tolerance must be None where iterations see every {sample}th row only, got {tolerance}; "
+                "leave one of the two out"
+            )
     if centroids is None:
         centroids = draw_centroids(x, num_clusters, init=init, seed=seed)
     elif centroids.shape != (batch, heads, num_clusters, dim) or centroids.dtype != x.dtype:
@@ -93,12 +102,13 @@ def kmeans(
         )
     else:
         centroids = _finite(centroids)
-    for _ in range(num_iters):
-        labels = ops.kmeans_assign(x, centroids)
+    for iteration in range(num_iters):
+        rows = x if iteration == num_iters - 1 else x[:, :, iteration % min(sample, num_rows) :: sample]
+        labels = ops.kmeans_assign(rows, centroids)
         sorted_idx, offsets = ops.label_sort(labels, num_clusters)
         # The fallback is for bad members, too: taking over a mean that is NaN or Inf would kill the cluster: no
         # row is near it any more, the bad row moves on to the next cluster, and so until none is left.
-        before, centroids = centroids, ops.segment_mean(x, sorted_idx, offsets, centroids)
+        before, centroids = centroids, ops.segment_mean(rows, sorted_idx, offsets, centroids)
         if tolerance is not None:
             shift = (centroids.float() - before.float()).norm(dim=-1).max()
             if float(shift) < tolerance:

@@ -99,7 +99,7 @@ class ClusterState(LayerState):
 
     Args:
         iter_init, iter_step: Lloyd iterations of a first and of a later call.
-        init, tolerance, seed: as in :func:`vdit_ext.sparse.kmeans.kmeans`.
+        init, tolerance, seed, sample: as in :func:`vdit_ext.sparse.kmeans.kmeans`.
         per_branch: one cache for each guidance branch instead of a shared one.
     """
 
@@ -113,6 +113,7 @@ class ClusterState(LayerState):
         init: str,
         tolerance: float | None,
         seed: int,
+        sample: int,
         per_branch: bool,
     ) -> None:
         super().__init__(layer, num_layers)
@@ -122,6 +123,7 @@ class ClusterState(LayerState):
             init=init,
             tolerance=tolerance,
             seed=seed,
+            sample=sample,
             per_branch=per_branch,
         )
         self.centroids: dict[tuple[str, str], Tensor] = {}
@@ -151,6 +153,7 @@ class ClusterState(LayerState):
             init=settings["init"],
             seed=(settings["seed"] * self.num_layers + self.layer) * 2 + (side == "k"),
             tolerance=settings["tolerance"],
+            sample=settings["sample"],
         )
         # A copy, because compiled code may reuse the memory of what the op returns; and in place, so that each
         # replay of a captured CUDA graph starts from the centroids that the last one left.

@@ -31,6 +31,8 @@ class SVG2:
             than that gets one cluster a token.
         iter_init, iter_step: Lloyd iterations of a layer's first call and of the later ones, which start from
             the cached centroids; at least 1.
+        iter_sample: all iterations of a call but its last see every ``iter_sample``-th token only; 1, as
+            published, shows them all. Planning is mostly clustering, and costs that much less.
         dense_step_fraction: the first ``floor(fraction * steps)`` steps run dense.
         dense_layer_fraction: the first ``floor(fraction * layers)`` layers run dense;
         dense_layer_rounding: "ceil" rounds that up instead, so that a small model gets a dense layer.
@@ -59,6 +61,7 @@ class SVG2:
     num_k_clusters: int = 500
     iter_init: int = 50
     iter_step: int = 2
+    iter_sample: int = 1
     dense_step_fraction: float = 0.3
     dense_layer_fraction: float = 0.0
     dense_layer_rounding: str = "floor"
@@ -72,9 +75,14 @@ class SVG2:
     def __post_init__(self) -> None:
         for field in ("top_p", "min_kc_ratio", "dense_step_fraction", "dense_layer_fraction"):
             require_number("SVG2", field, getattr(self, field), 0, 1)
-        for field in ("num_q_clusters", "num_k_clusters", "iter_init", "iter_step"):
+        for field in ("num_q_clusters", "num_k_clusters", "iter_init", "iter_step", "iter_sample"):
             require_whole("SVG2", field, getattr(self, field), 1)
         require_whole("SVG2", "seed", self.seed, 0)
+        if self.tolerance is not None and self.iter_sample > 1:
+            raise ValueError(
+                f"SVG2: tolerance must be None with iter_sample {self.iter_sample}, got {self.tolerance}; leave one "
+                "of the two out"
+            )
         for field in ("tolerance", "flow_shift"):
             if getattr(self, field) is not None:
                 require_number("SVG2", field, getattr(self, field), 0)
@@ -124,6 +132,7 @@ class SVG2:
             init=self.init,
             tolerance=self.tolerance,
             seed=int(self.seed),
+            sample=self.iter_sample,
             per_branch=self.cfg_cache == "per_branch",
         )
 
