@@ -185,7 +185,7 @@ def attention_case(case, q, k, v, made, group: Group, dense_names: list[str], ar
 
 
 def cuda_tile(q: Tensor, kwargs: dict) -> str | None:
-    """The tile of the kernel for compute capability 8.0 and up, in words; None where ``_C`` was not built."""
+    """The tile of the kernel that runs, in words; None where ``_C`` was not built."""
     try:
         from vdit_ext import _C
     except ImportError:
@@ -548,14 +548,12 @@ def topp_case(i: PlannerInputs):
 
 
 def rope_case(i: PlannerInputs):
-    """Wan's form, into another token order: norm over all heads, neighbouring pairs, fp32 tables of width D."""
+    """Wan's form: norm over all heads, neighbouring pairs, fp32 tables of width D."""
     x, (h, d) = i.x, (i.size.heads, i.size.dim)
     gen = torch.Generator(i.device).manual_seed(1)
     weight = torch.randn(h * d, generator=gen, device=i.device).to(i.dtype)
     angle = torch.rand(i.size.tokens, d // 2, generator=gen, device=i.device) * 90
     cos, sin = (t.repeat_interleave(2, -1)[None, None] for t in (angle.cos(), angle.sin()))
-    order = torch.rand(i.size.tokens, generator=gen, device=i.device).argsort()
-    index = order.int()[None, None]
 
     def torch_formula():
         y = torch.nn.functional.rms_norm(x.transpose(1, 2).flatten(2), (h * d,), weight, 1e-6)
@@ -563,19 +561,18 @@ def rope_case(i: PlannerInputs):
         out = torch.empty_like(x)
         out[..., 0::2] = first * cos[..., 0::2] - second * sin[..., 0::2]
         out[..., 1::2] = first * sin[..., 1::2] + second * cos[..., 1::2]
-        return out.index_select(2, order)
+        return out
 
     def check(result) -> None:
         rows = sample_rows(i.size.tokens, 2048).to(i.device)
-        source = order[rows]
-        parts = (t[:, :, source].cpu() for t in (x, cos, sin))
+        parts = (t[:, :, rows].cpu() for t in (x, cos, sin))
         part, c, s = parts
         expected = defs.rms_norm_rope_naive(part, weight.cpu(), c, s, across_heads=True)
         assert_close(result[:, :, rows], expected, tolerance=TOLERANCE[i.dtype] / 2)
 
-    call = lambda: ops.rms_norm_rope(x, weight, cos, sin, index=index, across_heads=True)  # noqa: E731
+    call = lambda: ops.rms_norm_rope(x, weight, cos, sin, across_heads=True)  # noqa: E731
     case = Case("rms_norm_rope", i.size.name, i.dtype, call, check)
-    case.nbytes = 2 * _nbytes(x) + _nbytes(weight, cos, sin, index)
+    case.nbytes = 2 * _nbytes(x) + _nbytes(weight, cos, sin)
     return case, {"torch": torch_formula}
 
 
@@ -600,7 +597,7 @@ def mass_case(i: PlannerInputs):
     case = Case("block_mass", i.size.name, i.dtype, lambda: ops.block_mass(q, k, lse), check)
     pairs = float(i.size.heads * i.size.tokens**2)
     case.flops, case.exps = 2.0 * dim * pairs, pairs
-    case.nbytes = _nbytes(q, k, lse) + i.size.heads * -((-i.size.tokens // block) ** 2) * 4
+    case.nbytes = _nbytes(q, k, lse) + i.size.heads * (-(-i.size.tokens // block)) ** 2 * 4
     return case, {"torch": torch_formula}
 
 

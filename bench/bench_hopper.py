@@ -285,6 +285,7 @@ def in_place(case: Case, plan, q: Tensor) -> None:
         return
     moved, (counts, lists, kwargs) = case.check.inputs[:3], case.check.inputs[3:]
     case.call = lambda: ops.block_sparse_attention(q, *moved[1:], counts, lists, q_index=plan.q_index, **kwargs)
+    case.sizes["kernel"] = kernel_of(case.call, q.device.type)
     case.check = bench_attention.PermutedCheck(case.check, plan.q_index)
 
 

@@ -551,10 +551,10 @@ def whole_plan(backend: Backend):
         counts, lists = ops.topp_blocks(scores, 0.8, weights=ko.diff(dim=-1), min_blocks=5)
         pooled = ops.mean_pool_blocks(q, block_size=128)
         top = ops.topk_blocks(pooled @ pooled.transpose(-1, -2), 3)
-        moved = ops.permute_rows(q, qi), ops.permute_rows(k, ki), ops.permute_rows(v, ki)
-        out, lse = ops.block_sparse_attention(*moved, counts, lists, q_offsets=qo, kv_offsets=ko)
+        moved = ops.permute_rows(k, ki), ops.permute_rows(v, ki)
+        out, lse = ops.block_sparse_attention(q, *moved, counts, lists, q_index=qi, q_offsets=qo, kv_offsets=ko)
         second, second_lse = ops.block_sparse_attention(q, k, v, *top)
-        return ops.merge_attention(ops.unpermute_rows(out, qi), lse, second, second_lse)
+        return ops.merge_attention(out, lse, second, second_lse)
 
     return run
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What every CUDA kernel of a build takes: registers, stack, local and static shared memory, and spills.
+"""What every CUDA kernel of a build takes: registers, stack, local and static shared memory.
 
     python bench/kernel_resources.py                      # the installed library, or VDIT_LIBRARY_DIR's
     python bench/kernel_resources.py kernel.o lib.so --markdown kernels.md
-    python bench/kernel_resources.py --log build.log      # what ptxas said while it compiled
 
-Reads binaries with ``cuobjdump -res-usage``, which needs no GPU. Ends with 1 when a kernel spills or uses local
-memory, with 77 when there is no cuobjdump. Shared memory that a launch asks for on top is in no binary.
+Reads binaries with ``cuobjdump -res-usage``, which needs no GPU. Ends with 1 when a kernel keeps registers in
+local memory (spills are seen as its stack), with 77 when there is no cuobjdump. Shared memory that a launch asks
+for on top is in no binary.
 """
 
 from __future__ import annotations
@@ -29,21 +29,19 @@ NO_TOOL = 77
 
 @dataclass
 class Kernel:
-    """One kernel for one architecture; sizes in bytes, a thread's but for ``shared``; None where not known."""
+    """One kernel for one architecture; sizes in bytes, a thread's but for ``shared``."""
 
     name: str
     arch: str
     registers: int
     stack: int
-    local: int | None = None
-    shared: int | None = None
-    spill_stores: int | None = None
-    spill_loads: int | None = None
+    local: int
+    shared: int
 
     @property
     def leaves_registers(self) -> bool:
         """Whether it keeps anything of a thread in memory."""
-        return any((self.stack, self.local, self.spill_stores, self.spill_loads))
+        return self.stack > 0 or self.local > 0
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -63,26 +61,6 @@ def parse_res_usage(text: str) -> list[Kernel]:
             numbers = (int(sizes.get(key, 0)) for key in ("REG", "STACK", "LOCAL", "SHARED"))
             kernels.append(Kernel(short_name(name), arch, *numbers))
             name = ""
-    return kernels
-
-
-def parse_ptxas(text: str) -> list[Kernel]:
-    """Kernels in a build log with ``-Xptxas=-v``."""
-    kernels, head, sizes = [], None, None
-    for line in text.splitlines():
-        if found := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
-            head, sizes = found.groups(), None
-        elif found := re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
-        ):
-            sizes = [int(number) for number in found.groups()]
-        elif head and sizes and (found := re.search(r"Used (\d+) registers", line)):
-            shared = re.search(r"(\d+) bytes smem", line)
-            kernel = Kernel(short_name(head[0]), head[1], int(found[1]), sizes[0])
-            kernel.spill_stores, kernel.spill_loads = sizes[1:]
-            kernel.shared = int(shared[1]) if shared else 0
-            kernels.append(kernel)
-            head = None
     return kernels
 
 
@@ -141,17 +119,13 @@ def default_library() -> Path:
 # Showing
 # ---------------------------------------------------------------------------------------------------------
 
-HEAD = ["kernel", "arch", "registers", "spill stores", "spill loads", "stack", "local", "static shared"]
+HEAD = ["kernel", "arch", "registers", "stack", "local", "static shared"]
 
 
 def rows(kernels: list[Kernel]) -> list[list[str]]:
-    """Cells below :data:`HEAD`; a dash for what the source does not say."""
+    """Cells below :data:`HEAD`."""
     return [
-        [k.name, k.arch]
-        + [
-            "-" if value is None else str(value)
-            for value in (k.registers, k.spill_stores, k.spill_loads, k.stack, k.local, k.shared)
-        ]
+        [k.name, k.arch, *map(str, (k.registers, k.stack, k.local, k.shared))]
         for k in sorted(kernels, key=lambda kernel: (kernel.arch, kernel.name))
     ]
 
@@ -171,24 +145,20 @@ def markdown(kernels: list[Kernel]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, help="libraries or objects; default: the one in use")
-    parser.add_argument("--log", type=Path, help="a build log instead: it alone knows spills")
     parser.add_argument("--markdown", type=Path, help="also write the table there")
     parser.add_argument("--cuobjdump", default="", help="the tool, where it is not found by itself")
     args = parser.parse_args(argv)
-    if args.log:
-        kernels = parse_ptxas(args.log.read_text(errors="replace"))
-    else:
-        tool = args.cuobjdump or find_cuobjdump()
-        if tool is None:
-            print("kernel_resources: cuobjdump is not here; give --cuobjdump, or --log with a build log")
-            return NO_TOOL
-        kernels = []
-        for file in args.files or [default_library()]:
-            done = subprocess.run([tool, "-res-usage", str(file)], capture_output=True, text=True)
-            if done.returncode != 0:
-                print(f"kernel_resources: {(done.stderr or done.stdout).strip()}", file=sys.stderr)
-                return 2
-            kernels += parse_res_usage(done.stdout)
+    tool = args.cuobjdump or find_cuobjdump()
+    if tool is None:
+        print("kernel_resources: cuobjdump is not here; install the CUDA toolkit or give --cuobjdump")
+        return NO_TOOL
+    kernels = []
+    for file in args.files or [default_library()]:
+        done = subprocess.run([tool, "-res-usage", str(file)], capture_output=True, text=True)
+        if done.returncode != 0:
+            print(f"kernel_resources: {(done.stderr or done.stdout).strip()}", file=sys.stderr)
+            return 2
+        kernels += parse_res_usage(done.stdout)
     if not kernels:
         print("kernel_resources: no kernel was found", file=sys.stderr)
         return 2
@@ -196,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.markdown:
         args.markdown.write_text(markdown(kernels))
     bad = [kernel for kernel in kernels if kernel.leaves_registers]
-    print(f"{len(kernels)} kernels, {len(bad)} of them spill or use local memory")
+    print(f"{len(kernels)} kernels, {len(bad)} of them use local memory")
     return 1 if bad else 0
 
 

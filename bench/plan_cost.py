@@ -46,8 +46,7 @@ LAUNCHES = {
     "vdit::topk_blocks": 9,  # per head
     "vdit::mean_pool_blocks": 1,
     "vdit::permute_rows": 1,
-    "vdit::unpermute_rows": 1,
-    "vdit::block_sparse_attention": 2,  # the order of the work, then the work
+    "vdit::block_sparse_attention": 3,  # the lists as bits, the order of the work, the work
 }
 
 

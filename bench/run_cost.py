@@ -31,7 +31,7 @@ SHAPES = {
 }
 DENSITY = 0.25
 LISTS = 40
-SPREAD = 0.6  # of the logarithm of a cluster's size
+SPREAD = 0.8  # of the logarithm of a cluster's size, as in synthetic.py
 
 
 def cluster_sizes(tokens: int, clusters: int, rng: np.random.Generator) -> np.ndarray:

@@ -10,7 +10,7 @@ int64_t round_up(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
 // Throws std::runtime_error with one sentence, for callers that come without torch.
 void check_mass(BlockMassParams const& p) {
-  check_cuda_head_dim(p.head_dim);
+  check_cuda_head_dim(p.head_dim, "block_mass");
   // A dimension of one entry is never stepped over.
   auto const row_starts = [&](void const* rows, Strides3 const& stride, int64_t length) {
     return all_multiples(16, {rows}, 2,

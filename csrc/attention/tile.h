@@ -36,9 +36,9 @@ constexpr AttentionTile attention_tile(int head_dim, int block_m) {
 }
 
 // Throws std::runtime_error with one sentence.
-inline void check_cuda_head_dim(int head_dim) {
+inline void check_cuda_head_dim(int head_dim, char const* op = "block_sparse_attention") {
   if (head_dim == 64 || head_dim == 96 || head_dim == 128) return;
-  throw std::runtime_error("vdit::block_sparse_attention: head_dim must be 64, 96 or 128, got " +
+  throw std::runtime_error(std::string("vdit::") + op + ": head_dim must be 64, 96 or 128, got " +
                            std::to_string(head_dim) + ".");
 }
 

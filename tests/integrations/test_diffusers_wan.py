@@ -493,6 +493,8 @@ def _with(what: str, model: nn.Module) -> None:
         attn.norm_q = OtherNorm(norm.normalized_shape, norm.eps)
     elif what == "layer_norm":
         attn.norm_q = nn.LayerNorm(norm.normalized_shape)
+    elif what == "identity":
+        attn.norm_q = nn.Identity()
     elif what == "no_eps":
         norm.eps = None
     elif what == "fp64_weight":
@@ -525,6 +527,7 @@ def _strided(table: torch.Tensor) -> torch.Tensor:
         "replaced_forward",
         "other_class",
         "layer_norm",
+        "identity",
         "no_eps",
         "fp64_weight",
         "fp64_tables",

@@ -211,11 +211,19 @@ def test_infinities_are_clamped_and_not_nan(backend):
     q[..., 1:], k[..., 1:] = 0, 0
     q[..., 0] = 1
     k[..., 0] = torch.tensor([1.0, -1.0]).repeat_interleave(64) * torch.inf
-    lse[..., 5] = torch.inf
     mass = run(backend, "block_mass", q, k, lse.fill_(0.0), **kwargs)
     torch.testing.assert_close(
         mass, torch.tensor([64 * 64 * 30.0**0 * float(torch.tensor(30.0).double().exp()), 0.0]).expand_as(mass)
     )
+
+
+def test_a_row_of_infinite_lse_adds_nothing(backend):
+    (q, k, lse), kwargs = inputs(seqlen_q=64, seqlen_kv=128)
+    lse[..., 5] = torch.inf
+    mass = run(backend, "block_mass", q, k, lse, **kwargs)
+    cases.assert_masses(mass, defs.block_mass_naive(q, k, lse, **kwargs), q, k, lse)
+    lse[..., 5] = -torch.inf  # which is documented to add nothing
+    assert torch.equal(run(backend, "block_mass", q, k, lse, **kwargs), mass)
 
 
 def test_ties_go_to_the_lowest_index(backend):

@@ -24,10 +24,13 @@ SERIALISED = (
 )
 
 
-def report(tmp_path, said: str, status: int = 0):
+SPILLED = "ptxas warning : Registers are spilled to local memory in function 'k', 160 bytes spill stores\n"
+
+
+def report(tmp_path, said: str, status: int = 0, *options: str):
     compiler = tmp_path / "compiler.py"
     compiler.write_text(f"import sys\nsys.stderr.write({said!r})\nsys.exit({status})\n")
-    command = [sys.executable, str(SCRIPT), sys.executable, str(compiler), "-c", "kernel.cu"]
+    command = [sys.executable, str(SCRIPT), *options, sys.executable, str(compiler), "-c", "kernel.cu"]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -52,7 +55,11 @@ def test_a_failed_compilation_fails(tmp_path, status):
     assert done.returncode == status and error in done.stdout
 
 
-def test_serialised_wgmma_fails(tmp_path):
-    done = report(tmp_path, SAID + SERIALISED)
-    assert done.returncode == 1
-    assert "(C7512)" in done.stdout and done.stdout.splitlines()[-1].startswith("error: ptxas has let wgmma")
+@pytest.mark.parametrize("slow", [SERIALISED, SPILLED], ids=["serialised", "spilled"])
+def test_slow_kernels_get_a_warning_and_are_refused_on_request(tmp_path, slow):
+    warned = report(tmp_path, SAID + slow)
+    assert warned.returncode == 0 and slow in warned.stdout and "\nwarning: a kernel lost" in warned.stdout
+    refused = report(tmp_path, SAID + slow, 0, "--refuse")
+    assert refused.returncode == 1 and slow in refused.stdout and "\nerror: a kernel lost" in refused.stdout
+    fine = report(tmp_path, SAID, 0, "--refuse")
+    assert fine.returncode == 0 and "lost" not in fine.stdout

@@ -7,6 +7,7 @@ be traced again for every value of them. What changes from call to call is writt
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -14,12 +15,8 @@ from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProces
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from .. import ops
-from ..ops.attention import (
-    HEAD_DIMS_CUDA,
-    block_sparse_attention_naive,
-    permute_rows_naive,
-)
+from .. import _C, ops
+from ..ops.attention import HEAD_DIMS_CUDA, block_sparse_attention_naive, permute_rows_naive
 from ..sparse.plan import BlockPlan, SparseMethod, TokenLayout
 
 _CPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -61,8 +58,12 @@ def device_gap(device: torch.device) -> str | None:
 
 
 def kernel_name(device: torch.device) -> str:
-    """Which kernels serve a device: "cpu" or "sm80" (sm90 and later run those too)."""
-    return "sm80" if device.type == "cuda" else "cpu"
+    """Which attention kernel serves a device: "cpu", "sm90" where it was asked for and can run, else "sm80"."""
+    if device.type != "cuda":
+        return "cpu"
+    asked = os.environ.get("VDIT_ATTENTION_KERNEL") == "sm90"
+    built = any(arch.startswith("90a") for arch in _C.build_info()["cuda_archs"])
+    return "sm90" if asked and built and torch.cuda.get_device_capability(device) == (9, 0) else "sm80"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -95,7 +96,6 @@ def can_norm_and_rotate(
     It does for torch's own RMSNorm over all heads, which nothing hooks into, quantizes or trains, and for
     tables in the form that ``WanRotaryPosEmbed`` gives.
     """
-    weight = norm.weight
     plain = (
         type(norm) is torch.nn.RMSNorm
         and norm.eps is not None
@@ -105,6 +105,7 @@ def can_norm_and_rotate(
     )
     if not plain:
         return False
+    weight = norm.weight
     if weight is not None:
         trained = weight.requires_grad and torch.is_grad_enabled()
         if trained or type(weight) is not torch.nn.Parameter or not _goes_with(weight, x):

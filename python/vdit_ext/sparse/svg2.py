@@ -32,7 +32,8 @@ class SVG2:
         iter_init, iter_step: Lloyd iterations of a layer's first call and of the later ones, which start from
             the cached centroids; at least 1.
         iter_sample: all iterations of a call but its last see every ``iter_sample``-th token only; 1, as
-            published, shows them all. Planning is mostly clustering, and costs that much less.
+            published, shows them all. A number that does not divide the grid's width is meant: 3 makes two
+            iterations cost what 1.33 do.
         dense_step_fraction: the first ``floor(fraction * steps)`` steps run dense.
         dense_layer_fraction: the first ``floor(fraction * layers)`` layers run dense;
         dense_layer_rounding: "ceil" rounds that up instead, so that a small model gets a dense layer.
@@ -80,8 +81,8 @@ class SVG2:
         require_whole("SVG2", "seed", self.seed, 0)
         if self.tolerance is not None and self.iter_sample > 1:
             raise ValueError(
-                f"SVG2: tolerance must be None with iter_sample {self.iter_sample}, got {self.tolerance}; leave one "
-                "of the two out"
+                f"SVG2: tolerance must be None with iter_sample {self.iter_sample}, got {self.tolerance}; "
+                "leave one of the two out"
             )
         for field in ("tolerance", "flow_shift"):
             if getattr(self, field) is not None:
