@@ -5,8 +5,8 @@
     python bench/kernel_resources.py kernel.o lib.so --markdown kernels.md
 
 Reads binaries with ``cuobjdump -res-usage``, which needs no GPU. Ends with 1 when a kernel keeps registers in
-local memory (spills are seen as its stack), with 77 when there is no cuobjdump. Shared memory that a launch asks
-for on top is in no binary.
+local memory (spills are seen as its stack), with 77 when there is no cuobjdump. Shared memory that a launch
+asks for on top is in no binary.
 """
 
 from __future__ import annotations

@@ -76,9 +76,8 @@ def main() -> int:
         counts = Counter(usual(loop))
         kinds = ", ".join(f"{kind} {n}" for kind, n in counts.most_common(8))
         size, dtype = re.search(r"Li(\d+)E", name), "bf16" if "bfloat16" in name else "fp16"
-        print(
-            f"D={size[1] if size else '?'} {dtype}: {sum(counts.values())} instructions a warp and stage ({kinds})"
-        )
+        dim, total = size[1] if size else "?", sum(counts.values())
+        print(f"D={dim} {dtype}: {total} instructions a warp and stage ({kinds})")
         shown += 1
     if shown == 0:
         print("loop_cost: no kernel of compute capability 9.0 was found there", file=sys.stderr)

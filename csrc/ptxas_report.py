@@ -61,10 +61,8 @@ def main(command: list[str]) -> int:
     for line in others:
         print(line)
     if done.returncode == 0 and slow:
-        print(
-            f"{'error' if refuse else 'warning'}: a kernel lost most of its speed (above): registers were spilled,"
-        )
-        print("or wgmma instructions wait for each other")
+        print(f"{'error' if refuse else 'warning'}: a kernel lost much of its speed (above): registers were")
+        print("spilled, or wgmma instructions wait for each other")
     return done.returncode or int(slow and refuse)
 
 

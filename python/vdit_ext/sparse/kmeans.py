@@ -70,9 +70,9 @@ def kmeans(
             neither the device nor the batch size changes the result of a clip.
         tolerance: stop when no centroid of any head moved farther than this. It reads a number back from the
             device at every iteration, so it is off (None) by default and cannot be used under compilation.
-        sample: iterations before the last see every ``sample``-th row only, from the first on; 1 shows them all.
-            The last one sees every row. Where rows are pixels, a number that divides the width always shows the
-            same columns; take one that does not.
+        sample: iterations before the last see every ``sample``-th row only, from the first on; 1 shows them
+            all. The last one sees every row. Where rows are pixels, a number that divides the width always
+            shows the same columns; take one that does not.
 
     Raises:
         ValueError: one sentence with what was expected and what came.
@@ -91,7 +91,7 @@ def kmeans(
         require_number("kmeans", "tolerance", tolerance, 0)
         if sample > 1:
             raise ValueError(
-                f"kmeans: tolerance must be None with sample {sample}, got {tolerance}; leave one of the two out"
+                f"kmeans: tolerance must be None with sample {sample}, got {tolerance}; leave one of them out"
             )
     if centroids is None:
         centroids = draw_centroids(x, num_clusters, init=init, seed=seed)
@@ -106,8 +106,8 @@ def kmeans(
         rows = x if iteration == num_iters - 1 else x[:, :, ::sample]
         labels = ops.kmeans_assign(rows, centroids)
         sorted_idx, offsets = ops.label_sort(labels, num_clusters)
-        # The fallback serves bad members too. A cluster that took over a mean of NaN or Inf would be dead: no row is
-        # near it any more, the bad row moves on to the next cluster, and so until none is left.
+        # The fallback serves bad members too. A cluster that took over a mean of NaN or Inf would be dead: no
+        # row is near it any more, the bad row moves on to the next cluster, and so until none is left.
         before, centroids = centroids, ops.segment_mean(rows, sorted_idx, offsets, centroids)
         if tolerance is not None:
             shift = (centroids.float() - before.float()).norm(dim=-1).max()
