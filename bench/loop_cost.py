@@ -57,6 +57,14 @@ def usual(loop: list[tuple[int, str]]) -> list[str]:
     return [text.split()[0].split(".")[0] for text in kept]
 
 
+def overlapped(loop: list[tuple[int, str]]) -> tuple[int, int]:
+    """Exponentials between the waits for the scores and for the outputs' product, and all of them: what is left
+    behind the second wait does not overlap with that product."""
+    waits = [at for at, text in loop if "DEPBAR" in text]
+    exponentials = [at for at, text in loop if "MUFU.EX2" in text]
+    return sum(waits[0] < at < waits[-1] for at in exponentials) if waits else 0, len(exponentials)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("code", type=Path, help="libvdit_kernels_cuda.so, or an object file")
@@ -77,7 +85,9 @@ def main() -> int:
         kinds = ", ".join(f"{kind} {n}" for kind, n in counts.most_common(8))
         size, dtype = re.search(r"Li(\d+)E", name), "bf16" if "bfloat16" in name else "fp16"
         dim, total = size[1] if size else "?", sum(counts.values())
+        before, exponentials = overlapped(loop)
         print(f"D={dim} {dtype}: {total} instructions a warp and stage ({kinds})")
+        print(f"  {before} of {exponentials} exponentials while the outputs' product runs")
         shown += 1
     if shown == 0:
         print("loop_cost: no kernel of compute capability 9.0 was found there", file=sys.stderr)

@@ -2,8 +2,8 @@
 //
 // Thread blocks stay, one an SM, and take items (kernel_sm90_order.cuh) until none is left. An item is up to
 // 64 queries for each of the consumer warpgroups, all with one key list, or 64 each with a list of their own.
-// Two warps of a producer warpgroup walk the lists, one for the keys and one for the values, and fill a ring
-// of stages; the consumers multiply.
+// The warps of a producer warpgroup walk the lists, some for the keys and some for the values, and fill a
+// ring of stages; the consumers multiply.
 //
 // The listed key blocks are one stream of rows. A stage is its next kBlockN rows wherever block borders fall:
 // a window. A run of n rows goes as one TMA box for each 1 in the binary form of n. That works at any row
@@ -185,12 +185,12 @@ struct BlockSparseAttentionKernel {
   static constexpr int kKeySlab = kBlockN * kRowBytes;
   static constexpr int kStageBytes = kSlabs * kKeySlab;  // of keys; values are as many
   static constexpr int kBoxes = 8;                       // of 1, 2, 4 ... 128 rows
+  static constexpr int kItems = 2;                       // that are told, by turns
   static constexpr int kNoPart = 2;                      // of an item; the first is 0, the second 1
 
   struct Params {
     BlockSparseAttentionParams attention;
-    TensorMap q;      // boxes of 64 columns x 64 rows
-    TensorMap q_row;  // x 1 row, where queries are gathered
+    TensorMap q;  // boxes of 64 columns x 64 rows
     TensorMap k[kBoxes], v[kBoxes];
     ListBits bits;
     RunBoxes run_boxes;
@@ -217,46 +217,64 @@ struct BlockSparseAttentionKernel {
     alignas(1024) char queries[kConsumers * kQueryBytes];
     char keys[kStages][kStageBytes];
     char values[kStages][kStageBytes];
-    Barrier q_full, q_empty;
+    Barrier item_full[kItems], item_empty[kItems], q_full, q_empty;
     Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-    Item item;
+    Item items[kItems];
     Step steps[kStages];
   };
   static_assert(sizeof(Shared) <= kTile.smem_bytes(), "What tile.h tells is what is taken.");
   static constexpr int smem_bytes() { return kTile.smem_bytes(); }
 
-  // Where in the ring one is: a stage, and how often the ring was gone round, modulo 2.
-  struct Place {
+  // Where in a ring one is: a stage, and how often the ring was gone round, modulo 2.
+  template <int kSize>
+  struct Ring {
     int stage = 0, parity = 0;
     VDIT_DEVICE void advance() {
-      if (++stage == kStages) stage = 0, parity ^= 1;
+      if (++stage == kSize) stage = 0, parity ^= 1;
     }
   };
+  using Place = Ring<kStages>;
+  using Turn = Ring<kItems>;
 
   // ---- Producers -----------------------------------------------------------------------------------------
+  // A warp for each slab of keys, and of values: bringing ragged clusters takes a warp as long as multiplying
+  // them, if one had to load all of their columns. The first warp of the keys takes the items, the first of
+  // the values loads the queries. All walk the lists on their own.
 
-  VDIT_DEVICE static void load_box(TensorMap const& box, char* stage, Barrier* full, Map const& map, int slot,
-                                   int source) {
-    CUTE_UNROLL
-    for (int slab = 0; slab < kSlabs; ++slab) {
-      tma_load(stage + slab * kKeySlab + slot * kRowBytes, box, full, slab * 64, source, map.head, map.batch);
+  // What a warp fills: one slab of the keys' stages, or of the values'.
+  template <bool kKeys>
+  struct Slab {
+    Params const& a;
+    Shared& s;
+    int32_t index;
+    VDIT_DEVICE TensorMap const* boxes() const { return kKeys ? a.k : a.v; }
+    VDIT_DEVICE char* stage(Place const& at) const {
+      return (kKeys ? s.keys : s.values)[at.stage] + index * kKeySlab;
     }
-  }
+    VDIT_DEVICE Barrier* full(Place const& at) const { return &(kKeys ? s.k_full : s.v_full)[at.stage]; }
+    VDIT_DEVICE Barrier* empty(Place const& at) const { return &(kKeys ? s.k_empty : s.v_empty)[at.stage]; }
+  };
 
   // `rows` rows from `source` on into the slots from `slot` on. Returns how many were loaded twice.
-  VDIT_DEVICE static int load_rows(TensorMap const* boxes, char* stage, Barrier* full, Map const& map,
+  template <bool kKeys>
+  VDIT_DEVICE static int load_rows(Slab<kKeys> const& slab, Place const& at, Map const& map,
                                    RunBoxes run_boxes, int slot, int source, int rows) {
+    char* stage = slab.stage(at);
+    auto const load_box = [&](int i, int to, int from) {
+      tma_load(stage + to * kRowBytes, slab.boxes()[i], slab.full(at), slab.index * 64, from, map.head,
+               map.batch);
+    };
     int const left = rows % 8;
     int again = 0;
     if (run_boxes == RunBoxes::kOverlap && rows > 8 && (left & (left - 1)) != 0) {
-      load_box(boxes[3], stage, full, map, slot + rows - 8, source + rows - 8);
+      load_box(3, slot + rows - 8, source + rows - 8);
       again = 8 - left;
       rows -= left;
     }
     CUTE_UNROLL
     for (int i = kBoxes - 1; i >= 0; --i) {
       if ((rows >> i & 1) == 0) continue;
-      load_box(boxes[i], stage, full, map, slot, source);
+      load_box(i, slot, source);
       slot += 1 << i, source += 1 << i;
     }
     return again;
@@ -264,113 +282,103 @@ struct BlockSparseAttentionKernel {
 
   // The next window into a stage. What the list does not fill becomes zero (rows past the sequence's end
   // are), so that a probability of 0 times it is 0.
+  template <bool kKeys>
   VDIT_DEVICE static KeyWindows::Window load_stage(Params const& a, KeyWindows& windows,
-                                                   TensorMap const* boxes, char* stage, Barrier* full,
-                                                   Map const& map) {
+                                                   Slab<kKeys> const& slab, Place const& at, Map const& map) {
     int again = 0;
     auto const load = [&](int slot, int source, int rows) {
-      again += load_rows(boxes, stage, full, map, a.run_boxes, slot, source, rows);
+      again += load_rows(slab, at, map, a.run_boxes, slot, source, rows);
     };
     auto const window = windows.template fill<kBlockN>(load);
     if (window.rows < kBlockN && lane_idx() == 0)
       load(window.rows, static_cast<int>(a.attention.seqlen_kv), kBlockN - window.rows);
-    int bytes = kStageBytes;
-    if (a.run_boxes == RunBoxes::kOverlap) bytes += shfl(warp_prefix_sum(again), 31) * kSlabs * kRowBytes;
-    if (lane_idx() == 0) barrier_expect(full, bytes);
+    int bytes = kKeySlab;
+    if (a.run_boxes == RunBoxes::kOverlap) bytes += shfl(warp_prefix_sum(again), 31) * kRowBytes;
+    if (lane_idx() == 0) barrier_expect(slab.full(at), bytes);
     return window;
   }
 
-  // The next item; without rows when there is none.
+  // The next item; without rows when there is none. Behind the items of a head nothing comes but the next
+  // head.
   VDIT_DEVICE static Item take_item(Params const& a) {
     while (true) {
       int64_t const at = atomic_add(a.next_item, 1);
       if (at >= a.num_items) return {};
       WorkItem const work = a.items[at];
-      if (work.part[0].rows == 0) continue;
       int64_t const map = at / a.items_head;
+      if (work.part[0].rows == 0) {
+        atomic_max(a.next_item, static_cast<int32_t>((map + 1) * a.items_head));
+        continue;
+      }
       return {work,
               {static_cast<int32_t>(map % a.attention.heads), static_cast<int32_t>(map / a.attention.heads)}};
     }
   }
 
-  // Warp 0: items, queries and keys.
-  VDIT_DEVICE static void produce_keys(Params const& a, Shared& s) {
+  // One slab of all items. The first warp of the keys takes them and tells the consumers of windows.
+  template <bool kKeys>
+  VDIT_DEVICE static void produce(Params const& a, Shared& s, int index) {
+    Slab<kKeys> const slab{a, s, index};
+    bool const leads = kKeys && index == 0;
     Place at;
-    for (int parity = 0;; parity ^= 1) {
-      if (lane_idx() == 0) {
-        Item const item = take_item(a);
-        barrier_wait(&s.q_empty, parity ^ 1);
-        s.item = item;
-        WorkPart const* part = item.work.part;
-        barrier_arrive_expect(&s.q_full, (groups_of(part[0]) + groups_of(part[1])) * kQueryBytes);
+    Turn turn;
+    for (int parity = 0;; parity ^= 1, turn.advance()) {
+      Item const& item = s.items[turn.stage];
+      if (leads) {
+        pass_item(a, s, turn);
+      } else {
+        barrier_wait(&s.item_full[turn.stage], turn.parity);
       }
+      if (item.work.part[0].rows == 0) return;
+      if (!kKeys && index == 0 && a.attention.q_index == nullptr) load_queries(a, s, item, parity);
+      Map const map = item.map;
+      KeyWindows windows(a.attention, a.bits, map.batch, map.head, item.work);
       sync_warp();
-      load_queries(a, s);
-      if (s.item.work.part[0].rows == 0) return;
-      Map const map = s.item.map;
-      KeyWindows windows(a.attention, a.bits, map.batch, map.head, s.item.work);
+      if (!leads) release(&s.item_empty[turn.stage]);
       for (bool more = true; more; at.advance()) {
-        barrier_wait(&s.k_empty[at.stage], at.parity ^ 1);
-        auto const window = load_stage(a, windows, a.k, s.keys[at.stage], &s.k_full[at.stage], map);
-        bool const bad = warp_any(windows.bad());
+        barrier_wait(slab.empty(at), at.parity ^ 1);
+        auto const window = load_stage(a, windows, slab, at, map);
+        bool const bad = kKeys && warp_any(windows.bad());
         if (lane_idx() == 0) {
-          s.steps[at.stage] = {window.rows, window.parts, window.last, bad};
-          barrier_arrive(&s.k_full[at.stage]);
+          if (leads) s.steps[at.stage] = {window.rows, window.parts, window.last, bad};
+          barrier_arrive(slab.full(at));
         }
         more = !window.last;
       }
     }
   }
 
-  // 64 rows a consumer: in one box, or each in a box of its own where q_index says. Rows that there are not
-  // come as zeros from past the end.
-  VDIT_DEVICE static void load_queries(Params const& a, Shared& s) {
-    Map const map = s.item.map;
-    char* queries = s.queries;
-    for (WorkPart const& part : s.item.work.part) {
-      QueryRows const rows(a.attention, map.batch, map.head, part.row0, part.rows);
-      for (int row = 0; row < part.rows; row += 64, queries += kQueryBytes) {
-        if (a.attention.q_index == nullptr) {
-          if (lane_idx() == 0) load_query_box(a.q, s, map, queries, part.row0 + row);
-          continue;
-        }
-        for (int i = lane_idx(); i < 64; i += 32) {
-          int32_t const source = rows.at(row + i);
-          load_query_box(a.q_row, s, map, queries + i * kRowBytes, source >= 0 ? source : rows.length);
-        }
-      }
+  VDIT_DEVICE static void pass_item(Params const& a, Shared& s, Turn const& turn) {
+    if (lane_idx() == 0) {
+      Item const item = take_item(a);
+      barrier_wait(&s.item_empty[turn.stage], turn.parity ^ 1);
+      s.items[turn.stage] = item;
+      barrier_arrive(&s.item_full[turn.stage]);
     }
+    sync_warp();
   }
 
-  VDIT_DEVICE static void load_query_box(TensorMap const& box, Shared& s, Map const& map, char* to,
-                                         int source) {
-    CUTE_UNROLL
-    for (int slab = 0; slab < kSlabs; ++slab) {
-      tma_load(to + slab * kQuerySlab, box, &s.q_full, slab * 64, source, map.head, map.batch);
+  // A box of 64 rows a consumer. Where q_index says which rows, consumers gather them: a box a row would keep
+  // one warp busy for longer than many stages take.
+  VDIT_DEVICE static void load_queries(Params const& a, Shared& s, Item const& item, int parity) {
+    if (lane_idx() != 0) return;
+    barrier_wait(&s.q_empty, parity ^ 1);
+    WorkPart const* parts = item.work.part;
+    barrier_arrive_expect(&s.q_full, (groups_of(parts[0]) + groups_of(parts[1])) * kQueryBytes);
+    char* queries = s.queries;
+    for (int i = 0; i < 2; ++i) {
+      for (int row = 0; row < parts[i].rows; row += 64, queries += kQueryBytes) {
+        CUTE_UNROLL
+        for (int slab = 0; slab < kSlabs; ++slab) {
+          tma_load(queries + slab * kQuerySlab, a.q, &s.q_full, slab * 64, parts[i].row0 + row, item.map.head,
+                   item.map.batch);
+        }
+      }
     }
   }
 
   // Consumers that a part keeps busy.
   VDIT_DEVICE static int groups_of(WorkPart const& part) { return (part.rows + 63) / 64; }
-
-  // Warp 1: values. It hears of items as the consumers do.
-  VDIT_DEVICE static void produce_values(Params const& a, Shared& s) {
-    Place at;
-    for (int parity = 0;; parity ^= 1) {
-      barrier_wait(&s.q_full, parity);
-      if (s.item.work.part[0].rows == 0) return;
-      Map const map = s.item.map;
-      KeyWindows windows(a.attention, a.bits, map.batch, map.head, s.item.work);
-      sync_warp();
-      release(&s.q_empty);
-      for (bool more = true; more; at.advance()) {
-        barrier_wait(&s.v_empty[at.stage], at.parity ^ 1);
-        auto const window = load_stage(a, windows, a.v, s.values[at.stage], &s.v_full[at.stage], map);
-        if (lane_idx() == 0) barrier_arrive(&s.v_full[at.stage]);
-        more = !window.last;
-      }
-    }
-  }
 
   // ---- Consumers -----------------------------------------------------------------------------------------
   // A thread's scores: rows lane / 4 and 8 below (half), columns 8 n + 2 (lane % 4) and the next (pair), at
@@ -578,6 +586,11 @@ struct BlockSparseAttentionKernel {
     at.advance();
   }
 
+  // Gathered queries are the warpgroup's own.
+  VDIT_DEVICE static void give_back_queries(Params const& a, Shared& s) {
+    if (a.attention.q_index == nullptr) release(&s.q_empty);
+  }
+
   // A consumer's share of an item.
   struct Share {
     Map map;
@@ -623,15 +636,18 @@ struct BlockSparseAttentionKernel {
                      [&] { start_outputs(s, v_at, probabilities, o); });
         finish_scores<1>(s, k_at, scores);
         bool const raised = weigh_scores(scores, step.rows, stats, p.scale, exponent_scale, factor);
+        // NOTE: never true. It ends a basic block: without it ptxas moves the exponentials behind the wait,
+        // and then nothing is done while the outputs' product runs. bench/loop_cost.py shows where they are.
+        if (warp_any(stats.sum[0] + stats.sum[1] < 0.f)) trap("a sum of powers of two is negative");
         finish_outputs(s, v_at, o);
         if (raised) scale_outputs(o, factor);
         pack(scores, probabilities);
       }
-      if (step.last) release(&s.q_empty);  // the next item's queries and keys come meanwhile
+      if (step.last) give_back_queries(a, s);  // the next item's queries and keys come meanwhile
       start_outputs(s, v_at, probabilities, o);
       finish_outputs(s, v_at, o);
     }
-    if (!step.last) release(&s.q_empty);
+    if (!step.last) give_back_queries(a, s);
 
     Map const& map = share.map;
     QueryRows const rows(p, map.batch, map.head, share.row0, share.rows);
@@ -642,8 +658,8 @@ struct BlockSparseAttentionKernel {
   }
 
   // A warpgroup without rows lets an item's stages pass.
-  VDIT_DEVICE static void skip(Shared& s, Place& k_at, Place& v_at) {
-    release(&s.q_empty);
+  VDIT_DEVICE static void skip(Params const& a, Shared& s, Place& k_at, Place& v_at) {
+    give_back_queries(a, s);
     Step step;
     find_next(s, k_at, v_at, kNoPart, step);
   }
@@ -709,18 +725,44 @@ struct BlockSparseAttentionKernel {
     }
   }
 
+  // This warpgroup's rows into its part of the queries, as TMA would have laid them.
+  VDIT_DEVICE static void gather_queries(Params const& a, Shared& s, Share const& share, int group) {
+    BlockSparseAttentionParams const& p = a.attention;
+    constexpr int kChunks = kHeadDim / 8;  // of 16 bytes, a row
+    T const* q = static_cast<T const*>(p.q) + share.map.batch * p.stride_q.b + share.map.head * p.stride_q.h;
+    QueryRows const rows(p, share.map.batch, share.map.head, share.row0, share.rows);
+    CUTE_UNROLL
+    for (int i = 0; i < 64 * kChunks / 128; ++i) {
+      int const at = thread_idx() % 128 + i * 128, row = at / kChunks, chunk = at % kChunks;
+      int64_t const source = rows.at(row);
+      char* to = s.queries + group * kQueryBytes + chunk / 8 * kQuerySlab + row * kRowBytes;
+      cp_async_16(to + ((chunk % 8) ^ (row % 8)) * 16,
+                  q + (source >= 0 ? source * p.stride_q.s : 0) + chunk * 8, source >= 0);
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+    fence_async_proxy();  // wgmma reads them
+    named_sync(1 + kConsumers + group, 128);
+  }
+
   VDIT_DEVICE static void consume(Params const& a, Shared& s, int group) {
     Place k_at, v_at;
+    Turn turn;
+    bool const gathers = a.attention.q_index != nullptr;
     if (group == kConsumers - 1) named_arrive(1, 256);  // the first turn is group 0's
-    for (int parity = 0;; parity ^= 1) {
-      barrier_wait(&s.q_full, parity);
-      if (s.item.work.part[0].rows == 0) break;
-      Share const share = share_of(s.item, group);
+    for (int parity = 0;; parity ^= 1, turn.advance()) {
+      barrier_wait(&s.item_full[turn.stage], turn.parity);
+      if (s.items[turn.stage].work.part[0].rows == 0) break;
+      Share const share = share_of(s.items[turn.stage], group);
       sync_warp();
+      release(&s.item_empty[turn.stage]);
+      // Also without rows: queries that were given back before they came would count as given back twice.
+      if (!gathers) barrier_wait(&s.q_full, parity);
       if (share.rows > 0) {
+        if (gathers) gather_queries(a, s, share, group);
         attend(a, s, share, group, k_at, v_at);
       } else {
-        skip(s, k_at, v_at);
+        skip(a, s, k_at, v_at);
       }
     }
     if (group == 0) named_sync(1, 256);
@@ -728,12 +770,17 @@ struct BlockSparseAttentionKernel {
 
   VDIT_DEVICE void operator()(Params const& a, char* smem) const {
     Shared& s = *reinterpret_cast<Shared*>(smem);
+    constexpr int kProducers = 2 * kSlabs;
     if (thread_idx() == 0) {
+      for (int i = 0; i < kItems; ++i) {
+        barrier_init(&s.item_full[i], 1);
+        barrier_init(&s.item_empty[i], kConsumers * 4 + kProducers - 1);
+      }
       barrier_init(&s.q_full, 1);
-      barrier_init(&s.q_empty, kConsumers * 4 + 1);
+      barrier_init(&s.q_empty, kConsumers * 4);
       for (int i = 0; i < kStages; ++i) {
-        barrier_init(&s.k_full[i], 1);
-        barrier_init(&s.v_full[i], 1);
+        barrier_init(&s.k_full[i], kSlabs);
+        barrier_init(&s.v_full[i], kSlabs);
         barrier_init(&s.k_empty[i], kConsumers * 4);
         barrier_init(&s.v_empty[i], kConsumers * 4);
       }
@@ -744,8 +791,9 @@ struct BlockSparseAttentionKernel {
     int const group = shfl(thread_idx() / 128, 0);
     if (group == kConsumers) {
       set_max_registers_down<kTile.producer_registers>();
-      if (warp_idx() == kConsumers * 4) produce_keys(a, s);
-      if (warp_idx() == kConsumers * 4 + 1) produce_values(a, s);
+      int const warp = warp_idx() - kConsumers * 4;
+      if (warp < kSlabs) produce<true>(a, s, warp);
+      if (warp >= 2 && warp < 2 + kSlabs) produce<false>(a, s, warp - 2);
     } else {
       set_max_registers_up<kTile.consumer_registers>();
       consume(a, s, group);

@@ -40,7 +40,6 @@ void attend(BlockSparseAttentionParams const& p, void* workspace, void* stream) 
   RowsShape const queries{p.batch, p.heads, p.seqlen_q, p.head_dim};
   RowsShape const keys{p.batch, p.heads, p.seqlen_kv, p.head_dim};
   a.q = map_rows(p.q, p.stride_q, queries, 64);
-  a.q_row = map_rows(p.q, p.stride_q, queries, 1);
   for (int i = 0; i < Kernel::kBoxes; ++i) {
     a.k[i] = map_rows(p.k, p.stride_k, keys, 1 << i);
     a.v[i] = map_rows(p.v, p.stride_v, keys, 1 << i);

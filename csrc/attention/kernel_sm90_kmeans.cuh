@@ -232,7 +232,8 @@ struct KMeansAssignKernel {
   }
 
   VDIT_DEVICE static void release(Barrier* empty) {
-    sync_warp();  // all lanes have read
+    fence_async_proxy();  // what was read as ordinary memory is written by TMA next
+    sync_warp();          // all lanes have read
     if (lane_idx() == 0) barrier_arrive(empty);
   }
 

@@ -7,10 +7,11 @@
 
 namespace vdit::sm90 {
 
-// TMA takes strides below 2^40 bytes. Elements are of 2 bytes, strides multiples of 16 bytes.
+// TMA takes strides below 2^40 bytes. Elements are of 2 bytes, strides multiples of 16 bytes. A stride of 0
+// is not said to be one.
 inline bool can_walk(Strides3 const& stride, int64_t batch, int64_t heads, int64_t length) {
   auto const fits = [](int64_t size, int64_t elements) {
-    return size <= 1 || (elements >= 0 && elements * 2 < (int64_t{1} << 40));
+    return size <= 1 || (elements > 0 && elements * 2 < (int64_t{1} << 40));
   };
   return fits(batch, stride.b) && fits(heads, stride.h) && fits(length, stride.s);
 }

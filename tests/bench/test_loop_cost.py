@@ -34,5 +34,17 @@ def test_the_loop_is_around_the_second_product_without_the_rare_case():
     assert loop_cost.usual(loop) == ["HGMMA", "HGMMA", "BRA", "MUFU", "BRA", "FADD", "BRA"]
 
 
+def test_exponentials_behind_the_wait_for_the_outputs_do_not_overlap():
+    loop = [
+        (0x00, "WARPGROUP.DEPBAR.LE gsb0, 0x1"),
+        (0x10, "MUFU.EX2 R1, R1"),
+        (0x20, "WARPGROUP.DEPBAR.LE gsb0, 0x0"),
+        (0x30, "MUFU.EX2 R2, R2"),
+        (0x40, "MUFU.EX2 R3, R3"),
+    ]
+    assert loop_cost.overlapped(loop) == (1, 3)
+    assert loop_cost.overlapped(loop[1:2]) == (0, 1)
+
+
 def test_a_kernel_without_wgmma_has_no_such_loop():
     assert loop_cost.main_loop([(0x10, "FADD R1, R1, R2"), (0x20, "@P0 BRA 0x10")]) is None
