@@ -529,6 +529,7 @@ struct BlockSparseAttentionKernel {
       release(&s.k_empty[k_at.stage]);
       k_at.advance();
       barrier_wait(&s.v_full[v_at.stage], v_at.parity);  // or it would count as given back twice
+      sync_warp();
       release(&s.v_empty[v_at.stage]);
       v_at.advance();
       if (last) return false;
@@ -758,6 +759,7 @@ struct BlockSparseAttentionKernel {
       release(&s.item_empty[turn.stage]);
       // Also without rows: queries that were given back before they came would count as given back twice.
       if (!gathers) barrier_wait(&s.q_full, parity);
+      sync_warp();  // lane 0 gives them back for all, who must have seen this phase
       if (share.rows > 0) {
         if (gathers) gather_queries(a, s, share, group);
         attend(a, s, share, group, k_at, v_at);
