@@ -337,6 +337,7 @@ struct BlockSparseAttentionKernel {
       if (!leads) release(&s.item_empty[turn.stage]);
       for (bool more = true; more; at.advance()) {
         barrier_wait(slab.empty(at), at.parity ^ 1);
+        sync_warp();  // a lane that fell behind by the whole ring would miss its phase
         auto const window = load_stage(a, windows, slab, at, map);
         bool const bad = kKeys && warp_any(windows.bad());
         if (lane_idx() == 0) {
