@@ -258,6 +258,13 @@ if wanted sanitizer; then
   done
 fi
 
+# --- the other way to cut clusters into TMA boxes, over the same cases as in the figures ---
+if wanted timings && [ "${kernels[0]}" = sm90 ]; then
+  VDIT_ATTENTION_KERNEL=sm90 VDIT_ATTENTION_RUNS=overlap stage overlap-sm90 60 "$python" bench/run.py hopper \
+    --device cuda --peers dense --no-flex --select '_variable_rho' --seconds 6 --min-rounds 3 --budget 45 \
+    --out "$out" --name "${date}_gpu_overlap-sm90"
+fi
+
 # --- other timings: "name limit arguments of bench/run.py" ---
 TIMINGS=(
   "attention-moderate 100 attention --ops block_sparse_attention --seqlen 8192 --heads 8 --seconds 3 --flex-seconds 30"
