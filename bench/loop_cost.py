@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+
+from kernel_resources import NO_TOOL, find_cuobjdump, short_name
 
 LINE = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);")
 BRANCH = re.compile(r"BRA (?:\S+, )?0x([0-9a-f]+)")
@@ -68,11 +69,11 @@ def overlapped(loop: list[tuple[int, str]]) -> tuple[int, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("code", type=Path, help="libvdit_kernels_cuda.so, or an object file")
-    parser.add_argument("--cuobjdump", default=shutil.which("cuobjdump"), help="where it is not on PATH")
+    parser.add_argument("--cuobjdump", default=find_cuobjdump(), help="the tool, where it is not found")
     args = parser.parse_args()
     if args.cuobjdump is None:
-        print("loop_cost: cuobjdump is not on PATH; install the CUDA toolkit or pass it", file=sys.stderr)
-        return 77
+        print("loop_cost: cuobjdump is not here; install the CUDA toolkit or give --cuobjdump", file=sys.stderr)
+        return NO_TOOL
     done = subprocess.run([args.cuobjdump, "-sass", str(args.code)], capture_output=True, text=True)
     if done.returncode != 0:
         print(f"loop_cost: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
@@ -83,10 +84,8 @@ def main() -> int:
             continue
         counts = Counter(usual(loop))
         kinds = ", ".join(f"{kind} {n}" for kind, n in counts.most_common(8))
-        size, dtype = re.search(r"Li(\d+)E", name), "bf16" if "bfloat16" in name else "fp16"
-        dim, total = size[1] if size else "?", sum(counts.values())
         before, exponentials = overlapped(loop)
-        print(f"D={dim} {dtype}: {total} instructions a warp and stage ({kinds})")
+        print(f"{short_name(name)}: {sum(counts.values())} instructions a warp and stage ({kinds})")
         print(f"  {before} of {exponentials} exponentials while the outputs' product runs")
         shown += 1
     if shown == 0:

@@ -172,6 +172,18 @@ void pack_rows(T const* x, int64_t stride, int32_t const* index, int rows, int h
   }
 }
 
+template <class T>
+inline float sum_squares(T const* x, int head_dim) {
+  Vec acc = Simd::set1(0.f);
+  int d = 0;
+  for (; d + kLanes <= head_dim; d += kLanes) acc = Simd::fma(Simd::load(x + d), Simd::load(x + d), acc);
+  float lane[kLanes], sum = 0.f;
+  Simd::store(lane, acc);
+  for (int i = 0; i < kLanes; ++i) sum += lane[i];
+  for (; d < head_dim; ++d) sum += to_float(x[d]) * to_float(x[d]);
+  return sum;
+}
+
 // ---- attention ----
 
 // The keys of one query block, as one list of rows across the borders of the listed blocks.
@@ -414,18 +426,6 @@ void attend(BlockSparseAttentionParams const& p, CpuItem const& item, void* scra
 
 // ---- k-means ----
 
-template <class T>
-inline float half_square(T const* c, int head_dim) {
-  Vec acc = Simd::set1(0.f);
-  int d = 0;
-  for (; d + kLanes <= head_dim; d += kLanes) acc = Simd::fma(Simd::load(c + d), Simd::load(c + d), acc);
-  float lane[kLanes], sum = 0.f;
-  Simd::store(lane, acc);
-  for (int i = 0; i < kLanes; ++i) sum += lane[i];
-  for (; d < head_dim; ++d) sum += to_float(c[d]) * to_float(c[d]);
-  return 0.5f * sum;
-}
-
 // The attention kernel's score tile with centroids for keys, and a running argmax for the softmax.
 template <bool kDot, int kVecs>
 void assign_group(Scratch& t, int first_vec, int first_centroid, int count, int words, float* best_score,
@@ -464,7 +464,7 @@ void assign_item(KMeansAssignParams const& p, CpuItem const& item, Scratch& t) {
     for (int n = 0; n < count; ++n) {
       T const* const row = c + (first + n) * p.stride_centroids.s;
       copy_row<kDot>(row, t.k + n * kTilePitch, p.head_dim);
-      t.sum[n] = half_square(row, p.head_dim);
+      t.sum[n] = 0.5f * sum_squares(row, p.head_dim);
     }
     for (int g = 0; g < groups; ++g) {
       Group const group = group_of(g, groups, vecs);
@@ -605,18 +605,6 @@ struct alignas(64) NormRopeRow {
   float cos[kCpuMaxHeadDim], sin[kCpuMaxHeadDim];    // sin with the sign of its channel: minus for the first
   float sign[kCpuMaxHeadDim];
 };
-
-template <class T>
-inline float sum_squares(T const* x, int head_dim) {
-  Vec acc = Simd::set1(0.f);
-  int d = 0;
-  for (; d + kLanes <= head_dim; d += kLanes) acc = Simd::fma(Simd::load(x + d), Simd::load(x + d), acc);
-  float lane[kLanes], sum = 0.f;
-  Simd::store(lane, acc);
-  for (int i = 0; i < kLanes; ++i) sum += lane[i];
-  for (; d < head_dim; ++d) sum += to_float(x[d]) * to_float(x[d]);
-  return sum;
-}
 
 inline float inverse_rms(float sum, int64_t count, float eps) {
   return 1.f / __builtin_sqrtf(sum / static_cast<float>(count) + eps);

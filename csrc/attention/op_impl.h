@@ -60,6 +60,13 @@ struct AttentionOps {
     return offsets->size(2) - 1;
   }
 
+  // What a launch struct holds of a list that may be left out, [b|1, h|1, n].
+  static void set_list(std::optional<Tensor> const& list, int32_t const*& data, Strides2& stride) {
+    if (!list) return;
+    data = list->const_data_ptr<int32_t>();
+    stride = broadcast2(*list);
+  }
+
   // A block larger than its sequence is the sequence: FlexAttention's empty BlockMask says 2^30.
   static int32_t block_rows(int64_t block_size, int64_t length) {
     return static_cast<int32_t>(std::min(block_size, std::max<int64_t>(1, length)));
@@ -128,18 +135,9 @@ struct AttentionOps {
     p.stride_lse = {lse.stride(0), lse.stride(1)};
     p.stride_num_blocks = broadcast3(kv_num_blocks);
     p.stride_indices = broadcast3(kv_indices);
-    if (q_offsets) {
-      p.q_offsets = q_offsets->const_data_ptr<int32_t>();
-      p.stride_q_offsets = broadcast2(*q_offsets);
-    }
-    if (kv_offsets) {
-      p.kv_offsets = kv_offsets->const_data_ptr<int32_t>();
-      p.stride_kv_offsets = broadcast2(*kv_offsets);
-    }
-    if (q_index) {
-      p.q_index = q_index->const_data_ptr<int32_t>();
-      p.stride_q_index = broadcast2(*q_index);
-    }
+    set_list(q_offsets, p.q_offsets, p.stride_q_offsets);
+    set_list(kv_offsets, p.kv_offsets, p.stride_kv_offsets);
+    set_list(q_index, p.q_index, p.stride_q_index);
     p.batch = size.b;
     p.heads = size.h;
     p.seqlen_q = size.s;
@@ -257,10 +255,7 @@ struct AttentionOps {
     p.x = x.const_data_ptr();
     p.out = out.mutable_data_ptr<float>();
     p.stride_x = strides3(x);
-    if (offsets) {
-      p.offsets = offsets->const_data_ptr<int32_t>();
-      p.stride_offsets = broadcast2(*offsets);
-    }
+    set_list(offsets, p.offsets, p.stride_offsets);
     p.batch = size.b;
     p.heads = size.h;
     p.seqlen = size.s;
@@ -443,10 +438,7 @@ struct AttentionOps {
     if (scores.numel() == 0) return {counts, lists};
     ToppBlocksParams p;
     p.scores = scores.const_data_ptr<float>();
-    if (weights) {
-      p.weights = weights->const_data_ptr<int32_t>();
-      p.stride_weights = broadcast2(*weights);
-    }
+    set_list(weights, p.weights, p.stride_weights);
     p.kv_num_blocks = counts.template mutable_data_ptr<int32_t>();
     p.kv_indices = lists.template mutable_data_ptr<int32_t>();
     p.stride_scores = strides3(scores);
@@ -540,10 +532,7 @@ struct AttentionOps {
       p.rope_width = static_cast<int32_t>(cos->size(3));
       p.rope_dtype = to_dtype(cos->scalar_type());
     }
-    if (index) {
-      p.index = index->const_data_ptr<int32_t>();
-      p.stride_index = broadcast2(*index);
-    }
+    set_list(index, p.index, p.stride_index);
     p.batch = size.b;
     p.heads = size.h;
     p.seqlen = size.s;
@@ -606,8 +595,8 @@ struct AttentionOps {
     p.heads = size.h;
     p.seqlen_q = size.s;
     p.seqlen_kv = k.size(2);
-    p.num_q_blocks = (size.s + q_block_size - 1) / q_block_size;
-    p.num_kv_blocks = (k.size(2) + kv_block_size - 1) / kv_block_size;
+    p.num_q_blocks = count_blocks(op, "q_offsets", std::nullopt, q_block_size, size.s, q);
+    p.num_kv_blocks = count_blocks(op, "kv_offsets", std::nullopt, kv_block_size, k.size(2), q);
     p.head_dim = static_cast<int32_t>(size.d);
     p.q_block_size = block_rows(q_block_size, size.s);
     p.kv_block_size = block_rows(kv_block_size, k.size(2));

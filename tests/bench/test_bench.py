@@ -14,9 +14,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCH = ROOT / "bench"
-if str(BENCH) not in sys.path:
-    sys.path.insert(0, str(BENCH))
 
 import bench_attention  # noqa: E402
 import bench_hopper  # noqa: E402
@@ -30,12 +27,7 @@ TINY = ["attention", "--device", "cpu", "--seqlen", "256", "--heads", "2", "--dt
 TINY += ["--seconds", "0.05", "--min-rounds", "2", "--max-rounds", "3"]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Ceilings in milliseconds, and the memory poison of the other tests off: the harness brings its own."""
-    monkeypatch.setattr(bench_run.Ceilings, "_matmul_rate", lambda self, dtype, seconds: 1e12)
-    monkeypatch.setattr(bench_run.Ceilings, "_copy_rate", lambda self, seconds: 1e10)
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def result_of(tmp_path, *extra) -> tuple[int, dict, str]:

@@ -5,41 +5,29 @@ from __future__ import annotations
 import json
 import sys
 import types
-from pathlib import Path
 
+import attention_peers
+import bench_attention
+import bench_hopper
+import bench_layer
+import figures
+import harness
+import one_call
 import pytest
+import run as bench_run
+import summary
+import synthetic
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-BENCH = ROOT / "bench"
-if str(BENCH) not in sys.path:
-    sys.path.insert(0, str(BENCH))
-
-import attention_peers  # noqa: E402
-import bench_attention  # noqa: E402
-import bench_hopper  # noqa: E402
-import bench_layer  # noqa: E402
-import figures  # noqa: E402
-import harness  # noqa: E402
-import one_call  # noqa: E402
-import run as bench_run  # noqa: E402
-import summary  # noqa: E402
-import synthetic  # noqa: E402
-
-from vdit_ext import ops  # noqa: E402
-from vdit_ext.sparse import TokenLayout  # noqa: E402
+from vdit_ext import ops
+from vdit_ext.sparse import TokenLayout
 
 TINY = ["--device", "cpu", "--dtype", "float32", "--grid", "2,8,12", "--text", "6", "--heads", "2"]
 TINY += ["--clusters", "4,7", "--seconds", "0.02", "--min-rounds", "2", "--max-rounds", "2"]
 LAYOUT = TokenLayout((4, 12, 16), 10)
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Ceilings in no time, and the memory poison of the other tests off: the harness brings its own."""
-    monkeypatch.setattr(bench_run.Ceilings, "_matmul_rate", lambda self, dtype, seconds: 1e12)
-    monkeypatch.setattr(bench_run.Ceilings, "_copy_rate", lambda self, seconds: 1e10)
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def result_of(tmp_path, *words) -> tuple[int, dict, str]:

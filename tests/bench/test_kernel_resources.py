@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-if str(BENCH) not in sys.path:
-    sys.path.insert(0, str(BENCH))
-
-import kernel_resources  # noqa: E402
+import kernel_resources
 
 ATTENTION = "_ZN4vdit6detail12kernel_entryINS_4sm9026BlockSparseAttentionKernelIN7cutlass10bfloat16_tELi128ELi2ELi128EEEEEvNT_6ParamsE"
 MEAN = "_ZN4vdit6detail12kernel_entryINS_17SegmentMeanKernelIfLi1EEEEEvNT_6ParamsE"

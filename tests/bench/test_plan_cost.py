@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import plan_cost
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-if str(BENCH) not in sys.path:
-    sys.path.insert(0, str(BENCH))
-
-import plan_cost  # noqa: E402
-
-from vdit_ext.ops import attention as defs  # noqa: E402
-from vdit_ext.sparse import SVG2, DraftAttention  # noqa: E402
+from vdit_ext.ops import attention as defs
+from vdit_ext.sparse import SVG2, DraftAttention
 
 MODEL = "wan2.1-14b-t2v-720p"
 TOKENS, HEADS, DIM = 75_600, 40, 128

@@ -4,25 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases.attention import as_it_lies
+from cases.rows import FLOAT_IDS, FLOATS, on, rows
 
 from vdit_ext.ops import attention as defs
-from vdit_ext.testing import generator
 
 BACKENDS = ("cpu", "emu", "emu_sm90", "cuda")
-FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-FLOAT_IDS = ["fp32", "fp16", "bf16"]
-
-
-def on(backend, *tensors):
-    return [as_it_lies(t, backend.device) for t in tensors]
-
-
-def rows(*shape, seed=0, dtype=torch.float32, layout="bshd"):
-    b, h, s, d = shape
-    if layout == "bshd":
-        return torch.randn(b, s, h, d, generator=generator(seed)).to(dtype).transpose(1, 2)
-    return torch.randn(shape, generator=generator(seed)).to(dtype)
 
 
 def check_nearest(labels, x, centroids):

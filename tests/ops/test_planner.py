@@ -6,27 +6,14 @@ import warnings
 
 import pytest
 import torch
-from cases.attention import as_it_lies
+from cases.rows import FLOAT_IDS, FLOATS, on, rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vdit_ext.ops import attention as defs
 from vdit_ext.testing import assert_close, generator
 
-FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-FLOAT_IDS = ["fp32", "fp16", "bf16"]
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-def on(backend, *tensors):
-    return [as_it_lies(t, backend.device) for t in tensors]
-
-
-def rows(*shape, seed=0, dtype=torch.float32, layout="bshd"):
-    b, h, s, d = shape
-    if layout == "bshd":
-        return torch.randn(b, s, h, d, generator=generator(seed)).to(dtype).transpose(1, 2)
-    return torch.randn(shape, generator=generator(seed)).to(dtype)
 
 
 def permutation(b, h, n, seed=0):

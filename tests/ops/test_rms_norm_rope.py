@@ -8,14 +8,13 @@ import pytest
 import torch
 from cases import rope as cases
 from cases.attention import as_it_lies
+from cases.rows import FLOAT_IDS, FLOATS
 from torch import nn
 
 from vdit_ext import ops
 from vdit_ext.ops import attention as defs
 from vdit_ext.testing import assert_close, generator
 
-FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-FLOAT_IDS = ["fp32", "fp16", "bf16"]
 # Half a unit in the last place, as a share of the value: what one rounding may change.
 HALF_ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
