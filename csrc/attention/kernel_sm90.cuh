@@ -16,6 +16,7 @@
 // probabilities and outputs stay in registers: fp32, probabilities rounded to T for the second product.
 #pragma once
 #include "attention/kernel_sm90_order.cuh"
+#include "attention/kernel_sm90_scores.cuh"
 #include "attention/tile.h"
 #include "common/device_sm90.h"
 #include "common/tma.h"
@@ -398,19 +399,6 @@ struct BlockSparseAttentionKernel {
     float sum[2] = {0.f, 0.f};              // this thread's columns only, until finish()
   };
 
-  // Scores of one stage, in flight when this returns. Descriptors are stepped on from the first: building
-  // each from its address would cost five instructions a product.
-  VDIT_DEVICE static void multiply_keys(char const* queries, char const* keys, float (&s)[kScores]) {
-    uint64_t const q = wgmma_descriptor(queries, SmemSwizzle::k128, 16, 8 * kRowBytes);
-    uint64_t const k = wgmma_descriptor(keys, SmemSwizzle::k128, 16, 8 * kRowBytes);
-    CUTE_UNROLL
-    for (int i = 0; i < kHeadDim / 16; ++i) {
-      int const column = i % 4 * 32;  // in bytes, within the slab
-      wgmma_ss<T, kBlockN, Major::kK>(s, wgmma_advance(q, i / 4 * kQuerySlab + column),
-                                      wgmma_advance(k, i / 4 * kKeySlab + column), i > 0);
-    }
-  }
-
   // o += probabilities * values, in flight when this returns.
   VDIT_DEVICE static void multiply_values(uint32_t const (&p)[kScores / 2], char const* values,
                                           float (&o)[kOutputs]) {
@@ -545,7 +533,7 @@ struct BlockSparseAttentionKernel {
                                        float (&scores)[kScores], Issue const& issue) {
     take_turn(group, groups);
     wgmma_fence();
-    multiply_keys(queries, s.keys[at.stage], scores);
+    multiply_slabs<T, kHeadDim, kBlockN>(queries, s.keys[at.stage], scores);
     wgmma_commit();
     issue();
     pass_turn(group, groups);

@@ -8,6 +8,7 @@
 // block's masses are the sum of its strips. All sums have a fixed order.
 #pragma once
 #include "attention/kernel_mass_lists.cuh"
+#include "attention/kernel_sm90_scores.cuh"
 #include "common/device_sm90.h"
 #include "common/tma.h"
 #include "vdit/attention.h"
@@ -99,15 +100,7 @@ struct BlockMassKernel {
   VDIT_DEVICE static void multiply(char const* queries, char const* keys, float (&s)[kScores]) {
     wgmma_fence_operand(s);
     wgmma_fence();
-    CUTE_UNROLL
-    for (int i = 0; i < kHeadDim / 16; ++i) {
-      int const column = i % 4 * 32;  // in bytes, within the slab
-      uint64_t const q =
-          wgmma_descriptor(queries + i / 4 * kQuerySlab + column, SmemSwizzle::k128, 16, 8 * kRowBytes);
-      uint64_t const k =
-          wgmma_descriptor(keys + i / 4 * kKeySlab + column, SmemSwizzle::k128, 16, 8 * kRowBytes);
-      wgmma_ss<T, kBlockN, Major::kK>(s, q, k, i > 0);
-    }
+    multiply_slabs<T, kHeadDim, kBlockN>(queries, keys, s);
     wgmma_commit();
   }
 
