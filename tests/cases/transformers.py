@@ -278,7 +278,9 @@ CASES = [
         _hunyuan,
     ),
     Case(
-        "HunyuanVideo15Transformer3DModel", _HUNYUAN | {"text_embed_2_dim": 10, "image_embed_dim": 14}, _hunyuan15
+        "HunyuanVideo15Transformer3DModel",
+        _HUNYUAN | {"text_embed_2_dim": 10, "image_embed_dim": 14},
+        _hunyuan15,
     ),
     Case("CogVideoXTransformer3DModel", _COGVIDEOX, _cogvideox),
     Case(
@@ -297,7 +299,8 @@ CASES = [
     Case("LTX2VideoTransformer3DModel", _LTX2, _ltx2),
     Case(
         "LTX2VideoTransformer3DModel",
-        _LTX2 | {"gated_attn": True, "audio_gated_attn": True, "cross_attn_mod": True, "audio_cross_attn_mod": True},
+        _LTX2
+        | {"gated_attn": True, "audio_gated_attn": True, "cross_attn_mod": True, "audio_cross_attn_mod": True},
         _ltx2,
     ),
     Case(

@@ -109,9 +109,13 @@ def test_a_derived_class_is_known_and_another_one_is_refused():
     class MyWan(type(build("WanTransformer3DModel"))):
         pass
 
-    assert table.class_layers(MyWan(**BY_NAME["WanTransformer3DModel"].config)) is CLASSES["WanTransformer3DModel"]
+    assert (
+        table.class_layers(MyWan(**BY_NAME["WanTransformer3DModel"].config)) is CLASSES["WanTransformer3DModel"]
+    )
     other = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(TypeError, match=r"WanTransformer3DModel.*got Sequential; name its linears with layers="):
+    with pytest.raises(
+        TypeError, match=r"WanTransformer3DModel.*got Sequential; name its linears with layers="
+    ):
         linear_layers(other)
     found = linear_layers(other, layers="0")
     assert [info.name for info in found] == ["0"] and not found.kept

@@ -217,7 +217,10 @@ CLASSES: dict[str, ClassLayers] = {
     "AllegroTransformer3DModel": ClassLayers(("transformer_blocks",), _CROSS_BLOCK, _ADALN_SINGLE_KEPT),
     # The temporal blocks have no attn2; their attn1 attends along time alone.
     "LatteTransformer3DModel": ClassLayers(
-        ("transformer_blocks", "temporal_transformer_blocks"), _CROSS_BLOCK, _ADALN_SINGLE_KEPT, interleaved=True
+        ("transformer_blocks", "temporal_transformer_blocks"),
+        _CROSS_BLOCK,
+        _ADALN_SINGLE_KEPT,
+        interleaved=True,
     ),
     # Its feed-forward is made of convolutions.
     "SanaVideoTransformer3DModel": ClassLayers(
