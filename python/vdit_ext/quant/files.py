@@ -1,12 +1,13 @@
 """Quantized layers on disk: one safetensors file and one JSON that says what is in it; never pickle.
 
-    FOLDER/vdit_quant.json          format and version, method, bits, the settings of each layer, bit map, report
-    FOLDER/vdit_quant.safetensors   tensors named ``<layer>.<tensor>``, as in the state dict of the model
+    FOLDER/vdit_quant.json          format and version, method, bits, the settings of each layer, bit map,
+    report FOLDER/vdit_quant.safetensors   tensors named ``<layer>.<tensor>``, as in the state dict of the model
 
-Where the rest of the transformer goes into the same folder (:func:`save` with ``rest`` and ``config``), the tensors
-are in ``diffusion_pytorch_model.safetensors`` beside a ``config.json``, and diffusers' ``from_pretrained`` loads it.
-Files appear under their names when they are complete, the JSON last; an identity that both carry tells a pair of
-two different runs apart.
+Where the rest of the transformer goes into the same folder (:func:`save` with ``rest`` and ``config``), the
+tensors are in ``diffusion_pytorch_model.safetensors`` beside a ``config.json``, and diffusers'
+``from_pretrained`` loads it.
+Files appear under their names when they are complete, the JSON last; an identity that both carry tells a pair
+of two different runs apart.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def save(
     """
     folder = Path(folder)
     identity = secrets.token_hex(8)
-    tensors = {f"{name}.{key}": t for name, layer in quantized.layers.items() for key, t in layer.tensors().items()}
+    tensors = {
+        f"{name}.{key}": t for name, layer in quantized.layers.items() for key, t in layer.tensors().items()
+    }
     if rest is not None:
         if both := sorted(tensors.keys() & rest.keys()):
             raise ValueError(f"vdit_ext.quant: rest must not hold tensors of quantized layers, got {both[0]}")
@@ -139,12 +142,14 @@ def load(folder: str | Path, *, device: torch.device | str = "cpu") -> Quantized
 
 
 def layer_from(config: Any, tensors: Mapping[str, Tensor], path: Path, name: str) -> QuantLayer:
-    """The layer of a file; a ValueError, one sentence, where its settings or tensors are not what they must be."""
+    """The layer of a file; a ValueError, one sentence, where its settings or tensors are not what they must
+    be."""
     try:
         return QuantLayer.from_tensors(config, dict(tensors), name)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"vdit_ext.quant: the settings of {name} in {path.parent} must be those of a quantized layer, they are "
+            f"vdit_ext.quant: the settings of {name} in {path.parent} must be those of a quantized layer, "
+            "they are "
             f"not ({type(error).__name__}: {error}); quantize again"
         ) from error
     except ValueError as error:
@@ -180,7 +185,8 @@ def check_settings(settings: Any, path: Path) -> None:
         raise ValueError(f'vdit_ext.quant: {path} must say "format": "{FORMAT}", it does not')
     if settings.get("version") != VERSION:
         raise ValueError(
-            f"vdit_ext.quant: {path} must be of format version {VERSION}, got {settings.get('version')}; another "
+            f"vdit_ext.quant: {path} must be of format version {VERSION}, got {settings.get('version')}; "
+            "another "
             "version of vdit_ext wrote it"
         )
     for key, kind in _SCHEMA.items():
@@ -189,7 +195,9 @@ def check_settings(settings: Any, path: Path) -> None:
             raise ValueError(f"vdit_ext.quant: {path}: {key} must be {kind.__name__}, got {came}")
     for place, config in settings["layers"].items():
         if not isinstance(config, dict):
-            raise ValueError(f"vdit_ext.quant: {path}: layers.{place} must be dict, got {type(config).__name__}")
+            raise ValueError(
+                f"vdit_ext.quant: {path}: layers.{place} must be dict, got {type(config).__name__}"
+            )
     for bits in settings["intervals"]:
         if not isinstance(bits, dict) or not all(type(value) is int for value in bits.values()):
             raise ValueError(f"vdit_ext.quant: {path}: intervals must hold whole numbers by layer name")
@@ -229,7 +237,8 @@ def _opened(path: Path, device: torch.device | str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _staged(folder: Path, names: list[str]) -> Iterator[dict[str, Path]]:
-    """Temporary names in a folder; renamed, in the order of ``names``, when the block succeeds, else removed."""
+    """Temporary names in a folder; renamed, in the order of ``names``, when the block succeeds, else
+    removed."""
     token = secrets.token_hex(4)
     temporary = {name: folder / f".{name}-{token}" for name in names}
     try:

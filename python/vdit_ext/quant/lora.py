@@ -1,7 +1,7 @@
 """LoRA beside any linear, quantized or not, added when the layer runs: ``y = layer(x) + scale * B (A x)``.
 
-Nothing is merged, so a quantized weight stays what it is, and an adapter can be scaled, exchanged or taken off at
-any time. peft works as well, since quantized layers are linears to it: ``model.load_lora_adapter`` and
+Nothing is merged, so a quantized weight stays what it is, and an adapter can be scaled, exchanged or taken off
+at any time. peft works as well, since quantized layers are linears to it: ``model.load_lora_adapter`` and
 ``pipe.load_lora_weights`` wrap them as they wrap others. This module needs neither peft nor diffusers.
 """
 
@@ -31,7 +31,8 @@ _PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.")
 
 @dataclass
 class LowRank:
-    """The adapter of one layer: A ``[r, in_features]``, B ``[out_features, r]``, and ``alpha / r`` of its file."""
+    """The adapter of one layer: A ``[r, in_features]``, B ``[out_features, r]``, and ``alpha / r`` of its
+    file."""
 
     a: Tensor
     b: Tensor
