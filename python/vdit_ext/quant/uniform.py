@@ -148,8 +148,8 @@ def quantize_layers(
         progress: called with layers done, layers in all, and the layer's name.
 
     Raises:
-        ValueError: no layers, a linear whose weight is not finite, or what the two functions raise; one sentence
-            that begins with the layer's name.
+        ValueError: no layers, a linear whose weight is not finite, or what the two functions raise; one
+            sentence that begins with the layer's name.
     """
     infos = list(linear_layers(model) if layers is None else layers)
     if not infos:
