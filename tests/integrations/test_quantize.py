@@ -281,7 +281,9 @@ def test_a_folder_serves_accelerate_and_from_pretrained_alike(tmp_path, kind):
         want = run(model, WAN)
     loaded = WanTransformer3DModel.from_pretrained(tmp_path)
     assert list(quantized_layers(loaded)) == list(quantized.layers)
-    assert torch.equal(run(loaded, WAN), want)
+    assert snr(run(loaded, WAN), want) > 50  # blocks of its own are not fused
+    with accelerate(loaded, num_inference_steps=1):
+        assert torch.equal(run(loaded, WAN), want)
     assert not any(parameter.is_meta for parameter in [*loaded.parameters(), *loaded.buffers()])
     shared = loaded.blocks[0].attn1
     assert shared.to_q.shared is shared.to_k.shared is not None and loaded.blocks[0].ffn.net[2].shared is None
@@ -300,7 +302,7 @@ def test_every_class_loads_quantized_weights(case, tmp_path):
     model = case.build()
     save_quantized(tmp_path, model, make.quantized(model))
     loaded = type(model).from_pretrained(tmp_path)
-    with accelerate(model, quant=tmp_path):
+    with accelerate(model, quant=tmp_path), accelerate(loaded):
         assert torch.equal(run(loaded, case), run(model, case))
 
 
@@ -322,10 +324,11 @@ def test_full_precision_weights_are_quantized_while_they_load(tmp_path, bits):
     loaded = WanTransformer3DModel.from_pretrained(tmp_path / "full", quantization_config=config)
     with accelerate(model, quant=VditQuantConfig(method="rtn", bits=bits)):
         want = run(model, WAN)
-    assert torch.equal(run(loaded, WAN), want)
+    with accelerate(loaded):
+        assert torch.equal(run(loaded, WAN), want)
     loaded.save_pretrained(tmp_path / "quantized")
     again = WanTransformer3DModel.from_pretrained(tmp_path / "quantized")
-    assert torch.equal(run(again, WAN), want)
+    assert torch.equal(run(again, WAN), run(loaded, WAN))
     described = json.loads((tmp_path / "quantized" / "config.json").read_text())["quantization_config"]
     assert (described["quant_method"], described["method"], described["bits"]) == ("vdit", "rtn", bits)
     assert len(described["weights"]) == 20

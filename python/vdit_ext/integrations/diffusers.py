@@ -18,6 +18,7 @@ from ..quant.apply import Applied
 from ..quant.layers import merge_blocks
 from ..sparse.plan import SparseMethod, StepInfo, TokenLayout
 from . import quantize
+from .fused import FusedBlocks
 from .processors import (
     DENSE_CALLS,
     DENSITY_SUM,
@@ -44,6 +45,7 @@ class ModelEntry:
         processor: class of the processor that replaces theirs.
         layout: token layout of a call, from the model and the call's arguments by name.
         token_order: class that lets the model run in another token order, or None.
+        fused: class that runs blocks of quantized linears fused, or None.
         timestep_rises: whether the model is told how far sampling has come, instead of what is left.
     """
 
@@ -51,6 +53,7 @@ class ModelEntry:
     processor: type[SparseProcessor]
     layout: Callable[[nn.Module, dict[str, Any]], TokenLayout | None]
     token_order: type[WanTokenOrder] | None = None
+    fused: type[FusedBlocks] | None = None
     timestep_rises: bool = False
 
 
@@ -78,7 +81,9 @@ _RISING = ("MochiTransformer3DModel",)  # its pipeline passes 1000 - t
 
 # Class name in diffusers to how its attention is accelerated; a new model is a new line.
 MODELS: dict[str, ModelEntry] = {
-    "WanTransformer3DModel": ModelEntry(_wan_attentions, WanSelfAttentionProcessor, _wan_layout, WanTokenOrder),
+    "WanTransformer3DModel": ModelEntry(
+        _wan_attentions, WanSelfAttentionProcessor, _wan_layout, WanTokenOrder, FusedBlocks
+    ),
 }
 
 
@@ -281,6 +286,7 @@ class _Attached:
     forward_before: Any
     forward_after: Any
     applied: Applied | None
+    fused: FusedBlocks | None
 
 
 class Handle:
@@ -331,6 +337,8 @@ class Handle:
                 one.hook.token_order.remove()
             _remove_root_hook(one)
             one.hook.handle = None
+            if one.fused is not None:
+                one.fused.undo()
             if one.applied is not None:
                 one.applied.undo()
         _AttentionBackendRegistry.set_active_backend(self._backend)
@@ -348,7 +356,10 @@ class Handle:
             former.
         """
         rows = [self._row(one, i) for one in self._attached for i in range(len(one.layers))]
-        linears = [quantize.linear_rows(one.name, one.model, one.applied) for one in self._attached]
+        linears = [
+            quantize.linear_rows(one.name, one.model, one.applied, one.fused.running() if one.fused else ())
+            for one in self._attached
+        ]
         return Explanation(rows, itertools.chain(*linears))
 
     def _row(self, one: _Attached, index: int) -> dict[str, Any]:
@@ -582,6 +593,7 @@ def _attach(
     hook = RootHook(layers, method, counter, entry.layout, token_order, collect_stats)
     hook.timestep_rises = entry.timestep_rises
     hook.applied = applied
+    hook.fused = entry.fused(model) if applied is not None and entry.fused is not None else None
     had_registry = hasattr(model, "_diffusers_hook")
     forward_before = model.__dict__.get("forward")
     HookRegistry.check_if_exists_or_initialize(model).register_hook(hook, HOOK_NAME)
@@ -597,6 +609,7 @@ def _attach(
         forward_before,
         model.__dict__.get("forward"),
         applied,
+        hook.fused,
     )
 
 

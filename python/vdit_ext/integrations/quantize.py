@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ NOT_GIVEN = "not among the quantized layers that were given"
 class LoadedLayers(Applied):
     """Layers that were quantized when the model was loaded; there is nothing to put back."""
 
-    def __init__(self, layers: dict[str, QuantLinear], intervals: list[dict[str, int]]) -> None:
-        super().__init__({}, QuantizedModel("loaded", {}, tuple(intervals)))
+    def __init__(
+        self, model: nn.Module, layers: dict[str, QuantLinear], intervals: list[dict[str, int]]
+    ) -> None:
+        super().__init__(model, {}, QuantizedModel("loaded", {}, tuple(intervals)))
         self.layers = layers
+        self.set_interval(0)
 
     def undo(self) -> None:
         """Give every layer its full bits again."""
@@ -116,17 +119,28 @@ def attach(model: nn.Module, quant: Path | QuantizedModel | VditQuantConfig | No
         config = VditQuantConfig.from_dict(dict(config))
     intervals = config.intervals if isinstance(config, VditQuantConfig) else []
     names = {name.removesuffix(".base_layer"): layer for name, layer in layers.items()}
-    return LoadedLayers(names, intervals)
+    return LoadedLayers(model, names, intervals)
 
 
-def linear_rows(model_name: str, model: nn.Module, applied: Applied | None) -> list[dict[str, Any]]:
-    """What each linear of a model runs, as dicts; none for a model without quantized linears."""
+def linear_rows(
+    model_name: str, model: nn.Module, applied: Applied | None, fused: Iterable[nn.Module] = ()
+) -> list[dict[str, Any]]:
+    """What each linear of a model runs, as dicts; none for a model without quantized linears.
+
+    Args:
+        applied: what drives the bits, if anything does.
+        fused: blocks that run fused.
+    """
+    in_fused = {id(part) for block in fused for part in block.modules()}
     quantized = {n.removesuffix(".base_layer"): layer for n, layer in quantized_layers(model).items()}
     if not quantized:
         return []
     rows = []
     for name, layer in quantized.items():
-        rows.append(_row(model_name, name) | _quantized_facts(name, layer, applied))
+        facts = _quantized_facts(name, layer, applied)
+        if id(layer) in in_fused:
+            facts["reason"] += ", in a fused block"
+        rows.append(_row(model_name, name) | facts)
     known = class_layers(model)
     kept = linear_layers(model).kept if known is not None else {}
     for name, module in plain_linears(model).items():
@@ -156,7 +170,7 @@ def _quantized_facts(name: str, layer: QuantLinear, applied: Applied | None) -> 
     parts = [
         "channel scale" if source["has_channel_scale"] else "",
         f"hadamard {source['hadamard']}" if source["hadamard"] else "",
-        "dual rotation" if source["has_rotation"] else "",
+        "dual rotation" if source["rotation_block"] else "",
     ]
     return {
         "format": config["format"],

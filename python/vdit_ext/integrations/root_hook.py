@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..quant.apply import Applied
 from ..sparse.plan import SparseMethod, StepInfo, TokenLayout, begin_step
+from .fused import FusedBlocks
 from .processors import SparseProcessor, device_gap
 
 HOOK_NAME = "vdit_ext"
@@ -221,6 +222,7 @@ class RootHook(ModelHook):
         self.hoist = True  # tests switch it off to compare
         self.timestep_rises = False
         self.applied: Applied | None = None  # the quantized linears, whose bits follow the steps
+        self.fused: FusedBlocks | None = None
         self.context = _ContextName()
         self._states: list[Any] = []
         self._shape: Any = None
@@ -238,6 +240,8 @@ class RootHook(ModelHook):
         self._refuse_parallel()
         info = self._advance(module, given.get("timestep"))
         self._set_precision(info)
+        if self.fused is not None:
+            self.fused.check()
         dense = [True] * len(self.layers)
         states = [None] * len(self.layers)
         if self.method is not None and hidden.shape[0] > 0:
