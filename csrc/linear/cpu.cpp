@@ -34,14 +34,12 @@ int32_t weight_code(LinearParams const& p, int64_t n, int64_t k) {
   int32_t const shift = nn >= 16 ? 4 : 0;
   int32_t const high = static_cast<uint8_t const*>(p.weight)[at] >> shift & 15;
   if (p.format == WeightFormat::kInt4) return high;
-  return 16 * high + (static_cast<uint8_t const*>(p.weight_low)[at] >> shift & 15);
+  return 16 * high + (static_cast<uint8_t const*>(p.weight_low)[at] >> shift & 15) - 128;
 }
 
 void store(LinearParams const& p, int64_t m, int64_t n, int32_t sum) {
   LinearEpilogue const& e = p.epilogue;
   int64_t const b = m / e.rows_per_batch, s = m % e.rows_per_batch, at = m * p.n + n;
-  if (e.code_offset != 0)
-    sum = static_cast<int32_t>(static_cast<uint32_t>(sum) + static_cast<uint32_t>(e.code_offset * e.x_sum[m]));
   if (e.raw_sums) {
     static_cast<int32_t*>(e.out)[at] = sum;
     return;
@@ -150,10 +148,9 @@ void run_expand_weight_cpu(ExpandWeightParams const& e, ParallelFor const& paral
   p.format = e.format;
   p.n = e.n;
   p.k = e.k;
-  int32_t const offset = e.format == WeightFormat::kNibblePlanes ? 128 : 0;
   for_each_item(parallel, e.n, [&](int64_t n) {
     int8_t* const row = e.out + n * e.stride_out;
-    for (int64_t k = 0; k < e.k; ++k) row[k] = static_cast<int8_t>(weight_code(p, n, k) - offset);
+    for (int64_t k = 0; k < e.k; ++k) row[k] = static_cast<int8_t>(weight_code(p, n, k));
     std::fill(row + e.k, row + e.stride_out, static_cast<int8_t>(0));
   });
 }
