@@ -111,8 +111,8 @@ PYBIND11_MODULE(_C, m) {
         "What this build was made with: version, op_namespace, compiler, build_type, torch_headers, cuda "
         "(None when built without nvcc), cuda_archs, cutlass.");
   m.def("cpu_isa", &vdit::cpu_isa,
-        "Instruction set of the CPU kernels: portable, avx2, avx512 or avx512_bf16. Raises RuntimeError when "
-        "VDIT_CPU_ISA names one that is unknown or not supported here.");
+        "Instruction set of the CPU kernels: portable, avx2, avx512, avx512_vnni or avx512_bf16. Raises "
+        "RuntimeError when VDIT_CPU_ISA names one that is unknown or not supported here.");
   m.def(
       "attention_tile", &attention_tile, py::arg("head_dim"), py::arg("seqlen_q"), py::kw_only(),
       py::arg("q_block_size") = 128, py::arg("num_q_clusters") = 0, py::arg("compute_capability") = 80,
