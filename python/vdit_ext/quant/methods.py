@@ -53,6 +53,7 @@ METHODS: dict[str, MethodEntry] = {
     "vidit_q": MethodEntry("vidit_q", "quantize", True, "channel mask and rotation"),
     "lrq_dit": MethodEntry("lrq_dit", "quantize", True, "twin-log weights"),
     "vq4dit": MethodEntry("vq4dit", "quantize", True, "codewords for runs of weights"),
+    "kmeans_vq": MethodEntry("vq4dit", "quantize_kmeans", False, "codewords by plain k-means"),
     "smoothquant": MethodEntry("baselines", "smooth_quant", True, "channel mask alone"),
     "rtn": MethodEntry("baselines", "round_to_nearest", False, "rounding to nearest"),
 }
