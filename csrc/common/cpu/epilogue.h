@@ -1,5 +1,5 @@
-// What a product's sums become (vdit/epilogue.h), a row of neighbouring columns at a time. For the units that
-// are compiled once an instruction set: one simd_*.h comes before.
+// What a product's sums become (vdit/epilogue.h), a row of neighbouring columns at a time. For the units that are
+// compiled once an instruction set: one simd_*.h comes before.
 #pragma once
 #include "common/cpu/element.h"
 #include "vdit/epilogue.h"
@@ -83,8 +83,7 @@ inline void load_sums(int32_t const* sums, float (&y)[Simd::kLanes]) {
 
 // Finishes and stores columns n0 .. n0 + count - 1 of row m; out has n columns. Sum is int32_t or float.
 template <class Sum>
-inline void store_outputs(LinearEpilogue const& e, int64_t n, int64_t m, int64_t n0, int count,
-                          Sum const* sums) {
+inline void store_outputs(LinearEpilogue const& e, int64_t n, int64_t m, int64_t n0, int count, Sum const* sums) {
   int64_t const out = m * n + n0;
   if (e.raw_sums) {
     for (int i = 0; i < count; ++i) static_cast<int32_t*>(e.out)[out + i] = static_cast<int32_t>(sums[i]);
