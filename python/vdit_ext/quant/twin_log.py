@@ -111,8 +111,9 @@ class _Grid(NamedTuple):
         return (self.low[..., None] + c * self.step[..., None]).exp2() - self.shift[..., None]
 
     def magnitudes(self, levels: int) -> Tensor:
-        """The values with those that rounding puts below 0 raised to it."""
-        return self.values(levels).clamp(min=0)
+        """The values, with 0 for those that are 0 but for rounding or that rounding puts below it."""
+        values = self.values(levels)
+        return torch.where(values < 1e-12 * self.shift[..., None], 0, values)
 
 
 def fit(weight: Tensor, bits: int, mode: str = "corrected", grid: str = "small") -> TwinLog:
