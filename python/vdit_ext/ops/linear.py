@@ -1,12 +1,12 @@
 """The linear family: each op's documented wrapper, fake kernel and naive definition side by side.
 
-Shapes: M rows (or B batch times S tokens), K input channels, N output channels. Activations are int8 codes with one
-fp32 scale a row; weights are codes of 8, 4 or 3 bits with one fp32 scale an output channel. Integer sums are exact
-in int32, which bounds K at 65,536. On CUDA K is a multiple of 16; on the CPU it is any number.
+Shapes: M rows (or B batch times S tokens), K input channels, N output channels. Activations are int8 codes with
+one fp32 scale a row; weights are codes of 8, 4 or 3 bits with one fp32 scale an output channel. Integer sums
+are exact in int32, which bounds K at 65,536. On CUDA K is a multiple of 16; on the CPU it is any number.
 
-Every op raises RuntimeError, one sentence with what was expected and what came, for tensors of another rank, shape,
-dtype or device; "Raises" below names what else is refused. Weight tiles are laid out as ``csrc/include/vdit/linear.h``
-says; :func:`pack_w4` and :func:`pack_log4` make them.
+Every op raises RuntimeError, one sentence with what was expected and what came, for tensors of another rank,
+shape, dtype or device; "Raises" below names what else is refused. Weight tiles are laid out as
+``csrc/include/vdit/linear.h`` says; :func:`pack_w4` and :func:`pack_log4` make them.
 
 No op has a backward: results ask for gradients where an argument does, and ``backward()`` raises RuntimeError.
 """
@@ -65,21 +65,22 @@ def quantize_rows(
     bits: int = 8,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows to integer codes, each row with a scale of its own, after the functions that lie before a linear layer.
+    """Rows to integer codes with a scale a row, after what lies between a residual stream and a linear layer.
 
     In this order, in fp32:
 
     1. ``prologue``: ``"layer_norm"`` over the channels, then ``* norm_weight + norm_bias``, then
        ``* (1 + modulation_scale) + shift``; ``"gelu"`` (by erf); ``"gelu_tanh"``; or ``"none"``;
-    2. ``* channel_scale`` (the balancing factors of ViDiT-Q, section 3.2 of arXiv:2406.02540, or of SmoothQuant);
-    3. every ``hadamard`` neighbouring channels times ``signs``, then times ``H / sqrt(hadamard)`` with H Sylvester's
-       matrix in natural order;
+    2. ``* channel_scale`` (balancing factors, as of SmoothQuant, arXiv:2211.10438, or ViDiT-Q,
+       arXiv:2406.02540);
+    3. every ``hadamard`` neighbouring channels times ``signs``, then times ``H / sqrt(hadamard)`` with H
+       Sylvester's matrix in natural order;
     4. symmetric quantization: ``scale = amax / q_max`` with ``q_max = 2**(bits - 1) - 1``,
        ``codes = round_half_even(row * (q_max / amax))``.
 
     Args:
-        x: ``[M, K]`` or ``[B, S, K]`` fp32, fp16 or bf16, any strides with a contiguous last dimension; K from 1 to
-            65,536.
+        x: ``[M, K]`` or ``[B, S, K]`` fp32, fp16 or bf16, any strides with a contiguous last dimension; K from
+            1 to 65,536.
         norm_weight, norm_bias: fp32 ``[K]``; with ``"layer_norm"`` only.
         modulation_scale, shift: ``[B|1, S|1, K]`` (``[M|1, K]`` for a 2-D x), of one floating dtype; with
             ``"layer_norm"`` only.
@@ -90,14 +91,14 @@ def quantize_rows(
         eps: added to the variance.
 
     Returns:
-        ``codes`` int8 of x's shape, a view of rows that are padded with zeros to a multiple of 16 bytes; ``scale``
-        fp32 and ``sum`` int32 of x's leading shape, ``sum`` the exact sums of the codes. A row of zeros (largest
-        magnitude below 1e-30) has codes, scale and sum 0.
+        ``codes`` int8 of x's shape, a view of rows that are padded with zeros to a multiple of 16 bytes;
+        ``scale`` fp32 and ``sum`` int32 of x's leading shape, ``sum`` the exact sums of the codes. A row of
+        zeros (largest magnitude below 1e-30) has codes, scale and sum 0.
 
     Raises:
-        RuntimeError: one sentence, for sizes, bits or blocks out of range, an argument that its prologue does not
-            take, and, on the CPU and with ``VDIT_CHECK_PLANS=1`` on CUDA, a row with a NaN or an infinity. Unchecked,
-            such a row has codes and sum 0 and the scale NaN, so that all its outputs are NaN.
+        RuntimeError: one sentence, for sizes, bits or blocks out of range, an argument that its prologue does
+            not take, and, on the CPU and with ``VDIT_CHECK_PLANS=1`` on CUDA, a row with a NaN or an infinity.
+            Unchecked, such a row has codes and sum 0 and the scale NaN, so that all its outputs are NaN.
     """
     return _OPS.quantize_rows(
         x,
@@ -281,8 +282,8 @@ def expand_w4(
         weight_low: a second plane of tiles, the low nibbles of 8-bit codes ``16 * high + low``.
 
     Returns:
-        The codes as they are, 0 to 15; with ``weight_low`` the codes minus 128, -128 to 127, so that a zero point
-        grows by 128. A view of rows padded with zeros to a multiple of 16 bytes.
+        The codes as they are, 0 to 15; with ``weight_low`` the codes minus 128, -128 to 127, so that a zero
+        point grows by 128. A view of rows padded with zeros to a multiple of 16 bytes.
 
     Raises:
         RuntimeError: one sentence, for tiles that do not belong to the sizes.
@@ -391,8 +392,8 @@ def w8a8_linear(
     ``+ residual``, then rounded once to ``out_dtype``.
 
     Args:
-        x: int8 ``[M, K]`` or ``[B, S, K]``, contiguous last dimension: codes of :func:`quantize_rows`. Rows that are
-            not evenly spaced, or on the CPU K not a multiple of 16, cost a copy.
+        x: int8 ``[M, K]`` or ``[B, S, K]``, contiguous last dimension: codes of :func:`quantize_rows`. Rows
+            that are not evenly spaced, or on the CPU K not a multiple of 16, cost a copy.
         x_scale: fp32 of x's leading shape.
         weight: int8 ``[N, K]``, contiguous last dimension.
         weight_scale: fp32 ``[N]``.
@@ -400,15 +401,15 @@ def w8a8_linear(
         weight_zero, bias: fp32 ``[N]``.
         gate: ``[B|1, S|1, N]`` (``[M|1, N]`` for a 2-D x), any floating dtype.
         residual: x's leading shape and N, of ``out_dtype``.
-        out_dtype: fp32, fp16, bf16 (the default), or int32 for the sums of codes themselves; then ``weight_zero``,
-            ``bias``, ``gate`` and ``residual`` must be None.
+        out_dtype: fp32, fp16, bf16 (the default), or int32 for the sums of codes themselves; then
+            ``weight_zero``, ``bias``, ``gate`` and ``residual`` must be None.
 
     Returns:
         Contiguous, x's leading shape and N. A row whose scale is NaN is NaN.
 
     Raises:
-        RuntimeError: one sentence, for K above 65,536 or, on CUDA, no multiple of 16 or rows that are not aligned to
-            16 bytes.
+        RuntimeError: one sentence, for K above 65,536 or, on CUDA, no multiple of 16 or rows that are not
+            aligned to 16 bytes.
     """
     return _OPS.w8a8_linear(
         x,
@@ -474,20 +475,21 @@ def w4a8_linear(
     out_dtype: torch.dtype | None = None,
     path: str = "auto",
 ) -> Tensor:
-    """:func:`w8a8_linear` with weights of four bits, ``(code + weight_zero[n]) * weight_scale[n]``, code 0 to 15.
+    """:func:`w8a8_linear` with codes of four bits, 0 to 15: ``(code + weight_zero[n]) * weight_scale[n]``.
 
-    Per-channel scales, as in QServe's W4A8 (arXiv:2405.04532, section 5.2), with the zero point taken out of the sum:
-    ``sum(x * (code + zero)) = sum(x * code) + zero * x_sum``.
+    Per-channel scales, as in the per-channel W4A8 of QServe (arXiv:2405.04532); the zero point is taken out of
+    the sum: ``sum(x * (code + zero)) = sum(x * code) + zero * x_sum``.
 
     Args:
         x_sum: int32 of x's leading shape, the sums of x's codes.
         weight: uint8 tiles ``[ceil(N/32), ceil(K/32), 512]`` of :func:`pack_w4`.
         weight_scale, weight_zero: fp32 ``[N]``.
-        weight_low: a second plane of tiles: code = 16 * high + low, 0 to 255. One pair of planes so serves a layer at
-            eight bits and, without this argument, at four (with scales and zeros of their own).
+        weight_low: a second plane of tiles: code = 16 * high + low, 0 to 255. One pair of planes so serves a
+            layer at eight bits and, without this argument, at four (with scales and zeros of their own).
         path: ``"fused"`` widens the codes on their way to the product, ``"expand"`` writes them as int8 first
             (:func:`expand_w4`), ``"auto"`` takes what is faster for the shape. The sums are the same.
-        x, x_scale, bias, gate, residual, out_dtype: as :func:`w8a8_linear`; with int32, ``weight_zero`` is not used.
+        x, x_scale, bias, gate, residual, out_dtype: as :func:`w8a8_linear`; with int32, ``weight_zero`` is not
+            used.
 
     Returns, Raises: as :func:`w8a8_linear`, and for a path of another name.
     """
@@ -575,12 +577,12 @@ def log4a8_linear(
 ) -> Tensor:
     """:func:`w8a8_linear` with weights that index a table of their row: ``table[n, code] * weight_scale[n]``.
 
-    For the twin logarithmic codes of LRQ-DiT (sign and exponent; section 4.3 of the family's specification), whose
-    values are rounded to int8 once, when the table is made.
+    For the twin logarithmic codes of LRQ-DiT (sign and exponent; section 4.3 of the family's specification),
+    whose values are rounded to int8 once, when the table is made.
 
     Args:
-        weight: uint8 tiles ``[ceil(N/32), ceil(K/32), 512]`` of :func:`pack_log4`. Of four bits bit 3 is the sign, of
-            three bit 2, by the order of the table's entries alone.
+        weight: uint8 tiles ``[ceil(N/32), ceil(K/32), 512]`` of :func:`pack_log4`. Of four bits bit 3 is the
+            sign, of three bit 2, by the order of the table's entries alone.
         table: int8 ``[N, 16]`` for four bits, ``[N, 8]`` for three (of whose nibbles bit 3 is not read): signed
             values.
         weight_scale: fp32 ``[N]``.
