@@ -26,9 +26,9 @@ class Unit:
 def knapsack(costs: Sequence[int], gains: Sequence[float], budget: int) -> list[int]:
     """Indices of the items with the largest total gain whose costs add up to at most ``budget``; exact.
 
-    Walks over the undominated (cost, gain) pairs (Nemhauser and Ullmann), of which there are few where many costs
-    are alike, as those of a transformer's blocks are. Of equal gains the cheaper choice wins, then the one with
-    earlier items. The gain of the choice never falls as the budget grows.
+    Walks over the undominated (cost, gain) pairs (Nemhauser and Ullmann), of which there are few where many
+    costs are alike, as those of a transformer's blocks are. Of equal gains the cheaper choice wins, then the
+    one with earlier items. The gain of the choice never falls as the budget grows.
 
     Raises:
         ValueError: a negative or fractional cost, a gain that is negative or NaN.
