@@ -441,6 +441,20 @@ VDIT_DEVICE void mma_m16n8k32_s8(int32_t (&d)[4], uint32_t const (&a)[4], uint32
 #endif
 }
 
+// The same with unsigned b, 0 to 255.
+VDIT_DEVICE void mma_m16n8k32_s8u8(int32_t (&d)[4], uint32_t const (&a)[4], uint32_t const (&b)[2],
+                                   Site at = Site::here()) {
+#if defined(VDIT_EMU)
+  emu::mma_m16n8k32_s8u8(d, a, b, at);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
 // ---- Arithmetic -----------------------------------------------------------------------------------------
 // The approximate forms differ from the emulator's in the last bits, and the GPU's flush subnormals to zero.
 
@@ -530,6 +544,34 @@ VDIT_DEVICE int popcount(uint32_t v) {
   return __builtin_popcount(v);
 #else
   return __popc(v);
+#endif
+}
+
+// PRMT: byte i of the result is byte (nibble i of `selector`) of the eight bytes low, high. Bit 3 of a nibble asks
+// for that byte's sign in all eight bits instead.
+VDIT_DEVICE uint32_t byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+#if defined(VDIT_EMU)
+  uint64_t const bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    uint32_t const nibble = selector >> (4 * i) & 15u;
+    uint32_t const byte = static_cast<uint32_t>(bytes >> (8 * (nibble & 7u))) & 255u;
+    result |= (nibble < 8u ? byte : (byte >> 7) * 255u) << (8 * i);
+  }
+  return result;
+#else
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
+#endif
+}
+
+// The nearest integer, a half to even. |x| below 2^31 is asked for.
+VDIT_DEVICE int32_t round_to_int(float x) {
+#if defined(VDIT_EMU)
+  return static_cast<int32_t>(std::nearbyint(x));
+#else
+  return __float2int_rn(x);
 #endif
 }
 

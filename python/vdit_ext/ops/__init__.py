@@ -21,6 +21,7 @@ from .attention import (  # noqa: E402
     topp_blocks,
     unpermute_rows,
 )
+from .vq import pack_vq, unpack_vq, vq_assign, vq_dequantize, vq_linear  # noqa: E402
 
 __all__ = [
     "LIBRARIES",
@@ -35,10 +36,15 @@ __all__ = [
     "mask_from_lists",
     "mean_pool_blocks",
     "merge_attention",
+    "pack_vq",
     "permute_rows",
     "rms_norm_rope",
     "segment_mean",
     "topk_blocks",
     "topp_blocks",
+    "unpack_vq",
     "unpermute_rows",
+    "vq_assign",
+    "vq_dequantize",
+    "vq_linear",
 ]
