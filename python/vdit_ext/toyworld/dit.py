@@ -5,8 +5,6 @@ world with every block of 3 x 3 pixels reduced to its mean colour, [3, 32, 32]; 
 colour of the thing; its place and size and the background are left to the sampler's noise.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,14 +121,16 @@ class ToyDiT:
     ) -> torch.Tensor:
         """Sample one picture a class number; returns latents float32 [b, 3, 32, 32], for `decode`.
 
-        Picture i starts from noise of (seed, i), so that a batch and its parts agree. guidance_scale 1 leaves
+        Picture i starts from noise of seed + i, so that a batch and its parts agree. guidance_scale 1 leaves
         guidance out. callback(step, total) runs after each denoising step, step counting from 1.
         Raises ValueError for a number that is no class.
         """
         wrong = [label for label in classes if not 0 <= label < len(CLASSES)]
         if wrong or not classes:
             came = wrong[0] if wrong else "none"
-            raise ValueError(f"expected class numbers 0 to {len(CLASSES) - 1}, got {came}; see toyworld.dit.CLASSES")
+            raise ValueError(
+                f"expected class numbers 0 to {len(CLASSES) - 1}, got {came}; see toyworld.dit.CLASSES"
+            )
         labels, guided = torch.tensor(classes), guidance_scale != 1
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(classes))]
         latents = torch.stack([torch.randn(CHANNELS, GRID, GRID, generator=g) for g in generators])

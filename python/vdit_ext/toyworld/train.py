@@ -165,7 +165,7 @@ def _first_weights(settings: Settings):
 
 
 def _split_parameters(net) -> tuple[list, list]:
-    """Matrices inside the network learn by orthogonalised steps; ends, tables, modulation and biases by AdamW."""
+    """Matrices inside the network learn by orthogonalised steps; its ends, modulation and biases by AdamW."""
     matrices, others = [], []
     for name, parameter in net.named_parameters():
         inner = "blocks." in name and "norm" not in name and parameter.ndim == 2
