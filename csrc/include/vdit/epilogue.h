@@ -7,14 +7,15 @@
 namespace vdit {
 
 // For row m (batch m / rows_per_batch, token m % rows_per_batch) and column n, with sum(m, n) the exact int32 sum
-// of products of activation codes and weight codes, plus code_offset * x_sum[m], all in fp32 and in this order:
+// of products of activation codes and weight codes, in this order and all but the first line in fp32:
 //
+//   sum = sum + code_offset * x_sum[m]       in int32
 //   y = (sum + weight_zero[n] * x_sum[m]) * (x_scale[m] * weight_scale[n]) + bias[n]
 //   y = y * gate[b, s, n]             where there is a gate
 //   y = y + residual[b, s, n]         where there is a residual
 //
-// then rounded to out_dtype. With raw_sums out is int32 [m, n], the sums themselves, and nothing else is read (but
-// x_sum for a code_offset).
+// then rounded to out_dtype. With raw_sums out is int32 [m, n], the sums after the first line, and nothing else
+// is read.
 // A float product (vq_linear on fp16 or bf16) has neither x_scale nor weight_zero; null scales count as 1.
 struct LinearEpilogue {
   float const* x_scale = nullptr;       // [m] or null
@@ -28,9 +29,9 @@ struct LinearEpilogue {
   Strides2 stride_gate;                 // in elements over batch and token, 0 where it broadcasts
   Strides2 stride_residual;
   int64_t rows_per_batch = 1;
-  int32_t code_offset = 0;              // what the stored weight codes are too low by: 128 for nibble planes as int8
   DType gate_dtype = DType::kFloat32;
   DType out_dtype = DType::kBFloat16;
+  int32_t code_offset = 0;  // what weight codes lost when they were expanded (128 for nibble planes, else 0)
   bool raw_sums = false;
 };
 

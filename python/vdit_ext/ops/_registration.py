@@ -1,4 +1,4 @@
-"""What the families register beside their kernels: device checks of the fakes, and a backward that says no."""
+"""What every family registers beside its kernels: sentences of the fakes, and a backward pass that says no."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ._library import NAMESPACE
 
+_OPS = getattr(torch.ops, NAMESPACE)
 # Kept for the life of the process: kernels leave with their library object.
 _AUTOGRAD = torch.library.Library(NAMESPACE, "IMPL")
 
@@ -27,7 +28,7 @@ def register_no_backward(op: str) -> None:
     Without an autograd kernel torch hands out results that ask for gradients, and gives none with a mere
     warning. ``torch.library.register_autograd`` would do, but refuses ops with keyword-only tensors.
     """
-    overload = getattr(getattr(torch.ops, NAMESPACE), op).default
+    overload = getattr(_OPS, op).default
 
     def call(keyset, args, kwargs):
         with torch._C._AutoDispatchBelowAutograd():
@@ -36,8 +37,8 @@ def register_no_backward(op: str) -> None:
     class NoBackward(torch.autograd.Function):
         @staticmethod
         def forward(ctx, keyset, names, *values):
-            positional = len(values) - len(names)
-            return call(keyset, values[:positional], dict(zip(names, values[positional:], strict=True)))
+            args = values[: len(values) - len(names)]
+            return call(keyset, args, dict(zip(names, values[len(args) :], strict=True)))
 
         @staticmethod
         def backward(ctx, *grads):
@@ -46,7 +47,6 @@ def register_no_backward(op: str) -> None:
             )
 
     def kernel(keyset, *args, **kwargs):
-        # Tensors that may be given by position arrive so, however the caller named them.
         values = (*args, *kwargs.values())
         if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values):
             return NoBackward.apply(keyset, tuple(kwargs), *values)

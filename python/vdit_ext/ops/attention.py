@@ -39,6 +39,7 @@ OPS = (
 )
 HEAD_DIMS_CUDA = (64, 96, 128)
 
+
 # The results of kmeans_assign, topk_blocks and topp_blocks are integers, which cut the graph as argmax does.
 for _op in OPS:
     if _op != "label_sort":  # takes no floating tensor

@@ -6,6 +6,7 @@ product of the two is unchanged but for rounding (ViDiT-Q, specs section 4).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -134,3 +135,23 @@ class InputTransform:
             bits=settings["bits"],
             clip=settings["clip"],
         )
+
+
+def channel_mask(amax: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:
+    """ViDiT-Q's mask ``m_c = w_c^alpha / a_c^(1 - alpha)`` (specs section 4), fp32 ``[C]``.
+
+    Args:
+        amax: fp32 ``[C]``, a: largest magnitudes of the input's channels, positive.
+        weights: the matrices ``[O, C]`` that read the input; w is the largest magnitude over all of them,
+            because they share one mask.
+        alpha: 0 to 1, how far the mask follows the weights; SmoothQuant's exponent, and that of ViDiT-Q's first
+            release, is 1 - alpha.
+
+    Raises:
+        ValueError: alpha out of range.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"vdit_ext.quant: alpha must be in 0 .. 1, got {alpha}")
+    wmax = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).to(torch.float32)
+    wmax = wmax.clamp_min(float(wmax.amax().clamp_min(1e-30)) * 1e-5)  # a channel without weights has any mask
+    return wmax**alpha / amax ** (1 - alpha)

@@ -129,9 +129,10 @@ class Int8Weight(_Weight):
 
 @dataclass(frozen=True)
 class Int4Weight(_Weight):
-    """Per-channel 4-bit codes 0 to 15: ``weight = (code + zero) * scale``.
+    """Per-channel codes of up to 4 bits, two in a byte: ``weight = (code + zero) * scale``.
 
-    tiles uint8 ``[ceil(O/32), ceil(C/32), 512]`` (:func:`vdit_ext.ops.pack_w4`); scale, zero fp32 ``[O]``.
+    tiles uint8 ``[ceil(O/32), ceil(C/32), 512]`` (:func:`vdit_ext.ops.pack_w4`); scale, zero fp32 ``[O]``;
+    bits 2 to 4: fewer than 4 use fewer of the nibble's values.
     """
 
     tiles: Tensor
@@ -139,9 +140,9 @@ class Int4Weight(_Weight):
     zero: Tensor
     out_features: int
     in_features: int
+    bits: int = 4
 
     format: ClassVar[str] = "int4"
-    bits: ClassVar[int] = 4
 
     @classmethod
     def layout(cls, settings: dict[str, Any]) -> Layout:
