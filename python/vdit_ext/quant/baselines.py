@@ -13,7 +13,7 @@ from .transform import InputTransform, channel_mask
 from .uniform import parse_bits, quantize_layers, round_weight, store
 from .weights import Weight
 
-BITS = ("w8a8", "w6a6", "w4a8")
+BITS = ("w8a8", "w6a6", "w4a8", "w4a6", "w4a4", "w3a8", "w3a6", "w3a4")
 
 
 def round_to_nearest(

@@ -106,8 +106,8 @@ def to_int8(grid: Grid) -> Int8Weight:
 
 
 def to_int4(grid: Grid) -> Int4Weight:
-    """The grid's codes, of 4 bits, as packed tiles."""
-    return Int4Weight(ops.pack_w4(grid.codes), grid.scale, grid.zero, *grid.codes.shape)
+    """The grid's codes, of at most 4 bits, as packed tiles."""
+    return Int4Weight(ops.pack_w4(grid.codes), grid.scale, grid.zero, *grid.codes.shape, bits=grid.bits)
 
 
 def to_planes(grid: Grid) -> NibblePlaneWeight:
@@ -118,7 +118,7 @@ def to_planes(grid: Grid) -> NibblePlaneWeight:
 
 def store(grid: Grid) -> Weight:
     """The smallest format that holds the grid and that the kernels read."""
-    return to_int4(grid) if grid.bits == 4 else to_int8(grid)
+    return to_int4(grid) if grid.bits <= 4 else to_int8(grid)
 
 
 def parse_bits(method: str, bits: str, allowed: Sequence[str]) -> tuple[int, int]:

@@ -1,0 +1,110 @@
+// CPU entry points of the vq family: work items and thread hand-out. The vector bodies are in cpu_body.h, compiled
+// once per instruction set by cpu_<isa>.cpp.
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "common/cpu/isa.h"
+#include "common/cpu/parallel.h"
+#include "vdit/linear.h"
+#include "vq/cpu_kernels.h"
+#include "vq/path.h"
+
+namespace vdit {
+namespace {
+
+VqCpuKernels const& kernels() {
+#if VDIT_CPU_X86
+  switch (cpu_isa_level()) {
+    case CpuIsa::kAvx512Bf16: return kVqAvx512Bf16;
+    case CpuIsa::kAvx512: return kVqAvx512;
+    case CpuIsa::kAvx2: return kVqAvx2;
+    case CpuIsa::kPortable: break;
+  }
+#endif
+  cpu_isa_level();  // so that a bad VDIT_CPU_ISA is reported everywhere
+  return kVqPortable;
+}
+
+// Memory that a thread keeps between calls: fresh pages would cost their faults every call.
+void* thread_scratch(size_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> scratch;
+  if (!scratch) scratch.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+  if (!scratch) throw std::bad_alloc();
+  return scratch.get();
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+void run_vq_assign_cpu(VqAssignParams const& p, ParallelFor const& parallel) {
+  VqCpuKernels const& kernel = kernels();
+  int64_t const width = p.dim <= 2 ? 2 : p.dim <= 4 ? 4 : p.dim <= 8 ? 8 : 16;
+  std::vector<float> codebook(p.num_codewords * width), half_norms(p.num_codewords);
+  for (int64_t c = 0; c < p.num_codewords; ++c) {
+    for (int d = 0; d < p.dim; ++d) {
+      float const x = p.codebook[c * p.dim + d];
+      codebook[c * width + d] = x;
+      half_norms[c] += x * x;
+    }
+    half_norms[c] *= 0.5f;
+  }
+  for_each_slice(parallel, p.num_vectors, 1024, [&](int64_t begin, int64_t end) {
+    kernel.assign(p, codebook.data(), half_norms.data(), begin, end);
+  });
+}
+
+void run_vq_dequantize_cpu(VqDequantizeParams const& p, ParallelFor const& parallel) {
+  VqCpuKernels const& kernel = kernels();
+  for_each_item(parallel, ceil_div(p.n, kVqTileOut), [&](int64_t i) { kernel.dequantize(p, i * kVqTileOut); });
+}
+
+namespace {
+
+void multiply_few_rows(VqCpuKernels const& kernel, VqLinearParams const& p, ParallelFor const& parallel) {
+  int64_t const pitch = ceil_div(p.k, kVqTileIn) * kVqTileIn;
+  std::vector<float> x(p.m * pitch);
+  alignas(64) float words[1024];
+  kernel.make_words(p, false, words);
+  for (int64_t row = 0; row < p.m; ++row) kernel.widen_row(p, row, pitch, x.data() + row * pitch);
+  for_each_item(parallel, ceil_div(p.n, kVqTileOut),
+                [&](int64_t i) { kernel.multiply_rows(p, x.data(), words, i * kVqTileOut); });
+}
+
+// Output channels of an item: many, so that packing x costs little, but enough items for every thread.
+int64_t columns_per_item(int64_t row_blocks, int64_t n, int threads) {
+  int64_t const tiles = ceil_div(n, kVqTileOut), items = std::max<int64_t>(1, ceil_div(4 * threads, row_blocks));
+  return std::clamp<int64_t>(ceil_div(tiles, items) * kVqTileOut, 64, kVqSumColumns);
+}
+
+void multiply_many_rows(VqCpuKernels const& kernel, VqLinearParams const& p, ParallelFor const& parallel) {
+  alignas(64) float words[1024];
+  kernel.make_words(p, true, words);
+  int64_t const row_blocks = ceil_div(p.m, kernel.block_rows), rows = ceil_div(p.m, row_blocks);
+  int64_t const columns = columns_per_item(row_blocks, p.n, parallel.num_threads);
+  int64_t const column_blocks = ceil_div(p.n, columns), padded = ceil_div(p.n, kVqTileOut) * kVqTileOut;
+  for_each_item(parallel, row_blocks * column_blocks, [&](int64_t i) {
+    VqItem item;
+    item.row = i / column_blocks * rows;
+    item.column = i % column_blocks * columns;
+    item.rows = static_cast<int32_t>(std::min(rows, p.m - item.row));
+    item.columns = static_cast<int32_t>(std::min(columns, padded - item.column));
+    if (item.rows > 0) kernel.multiply(p, words, item, thread_scratch(kernel.scratch_bytes));
+  });
+}
+
+}  // namespace
+
+void run_vq_linear_cpu(VqLinearParams const& p, ParallelFor const& parallel) {
+  VqCpuKernels const& kernel = kernels();
+  if (vq_cpu_path(p.m, kernel.lanes) == VqPath::kRows) return multiply_few_rows(kernel, p, parallel);
+  multiply_many_rows(kernel, p, parallel);
+}
+
+}  // namespace vdit
