@@ -102,7 +102,8 @@ class BlockProbe:
             return hook
 
         handles = [
-            model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True) for name in self._calls
+            model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True)
+            for name in self._calls
         ]
         try:
             with torch.no_grad():
