@@ -3,10 +3,10 @@
 
     python bench/quant_toy.py [--models toy_t2v,toy_dit] [--only vidit_q,rtn] [--clips 2] [--write]
 
-Prints, for each model and row: SNR of the weights (mask and rotation undone), SNR of whole blocks fed with the
-full-precision model's inputs, PSNR of what is sampled against the full-precision run from the same noise, size of the
-quantized layers, and seconds to quantize (without the calibration, which all methods of a model share, and which the
-head names). These are toy results. ``--write`` puts them under bench/results.
+Prints, for each model and row: SNR of the weights (mask and rotation undone), SNR of whole blocks on the inputs that
+the full-precision model gives them, PSNR of what is sampled against the full-precision run from the same noise, size
+of the quantized layers, and seconds to quantize (the calibration, which all methods of a model share, is in the
+heading). These are toy results. ``--write`` puts them under bench/results.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PROBED = (0.1, 0.4, 0.65, 0.9)  # of the steps: one in each quarter, for block o
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a method's name in `vdit_ext.quant.methods`, bits, and settings other than its own."""
+    """One line of the table: a method of `vdit_ext.quant.methods`, bits, and settings other than its own."""
 
     method: str
     bits: str
@@ -193,8 +193,8 @@ def table(result: dict) -> list[str]:
     lines = [
         "# Quantized toy models",
         "",
-        f"{result['machine']['cpu']}, {result['machine']['threads']} threads, torch {result['versions']['torch']}. "
-        f"Toy results, {result['clips']} clips each.",
+        f"{result['machine']['cpu']}, {result['machine']['threads']} threads, "
+        f"torch {result['versions']['torch']}. Toy results, {result['clips']} clips each.",
         "",
     ]
     for model, seconds in result["calibration_seconds"].items():

@@ -22,7 +22,7 @@ Sample = Callable[[OnStep], Any]  # samples with the model, calling back before 
 
 
 def snr(reference: Tensor, approximation: Tensor) -> float:
-    """Signal over error in dB, of all elements together; infinite where both are equal, NaN for a zero signal."""
+    """Signal over error in dB, over all elements; infinite where both are equal, NaN for a zero signal."""
     reference, error = reference.double(), approximation.double() - reference.double()
     signal, noise = float(reference.square().sum()), float(error.square().sum())
     if signal == 0:
