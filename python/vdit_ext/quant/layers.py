@@ -1,8 +1,9 @@
-"""Which linears of a diffusers transformer are quantized, which stay in high precision, and what belongs together.
+"""Which linears of a diffusers transformer are quantized, which stay in high precision, and what belongs
+together.
 
-Everything is data: a class is one entry of :data:`CLASSES`. Patch embedding, time and text embedders, modulation,
-token refiners and the output head stay as they are (ViDiT-Q, section 4; section 6 of the authors' configurations
-keeps the same).
+Everything is data: a class is one entry of :data:`CLASSES`. Patch embedding, time and text embedders,
+modulation, token refiners and the output head stay as they are (ViDiT-Q, section 4; section 6 of the authors'
+configurations keeps the same).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class LinearInfo:
         name: of the module, as in ``model.named_modules()``, without what LoRA wrappers add to it.
         block: the transformer block it stands in, such as ``blocks.3``.
         kind: "self", "cross", "temporal" or "ffn": the group whose sensitivity is measured together (ViDiT-Q,
-            section 4). Spatial and joint attention count as "self"; the text stream of joint attention as "cross".
+            section 4). Spatial and joint attention count as "self"; the text stream of joint attention as
+            "cross".
         group: linears of one group read the same tensor, and share what is done to it.
         in_features, out_features: sizes.
     """
@@ -347,7 +349,8 @@ def linear_layers(model: nn.Module, layers: str | Iterable[str] | None = None) -
     known = class_layers(model)
     if known is None and layers is None:
         raise TypeError(
-            f"vdit_ext.quant: the model's class must be one of {', '.join(CLASSES)}, got {type(model).__name__}; "
+            f"vdit_ext.quant: the model's class must be one of {', '.join(CLASSES)}, got "
+            f"{type(model).__name__}; "
             'name its linears with layers=, such as layers=r"blocks\\..*"'
         )
     chosen = None if layers is None else _compiled(layers)
