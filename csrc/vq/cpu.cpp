@@ -99,9 +99,37 @@ void multiply_many_rows(VqCpuKernels const& kernel, VqLinearParams const& p, Par
   });
 }
 
+// The weight as int8 in a scratch, and then the int8 product.
+void multiply_int8(VqLinearParams const& p, ParallelFor const& parallel) {
+  int64_t const pitch = ceil_div(p.k, 16) * 16;
+  std::vector<int8_t> weight(p.n * pitch);
+  VqDequantizeParams d;
+  d.codes = p.codes;
+  d.codebook = p.codebook;
+  d.out = weight.data();
+  d.stride_out = pitch;
+  d.n = p.n;
+  d.k = p.k;
+  d.format = p.format;
+  d.is_int8 = true;
+  run_vq_dequantize_cpu(d, parallel);
+  LinearParams l;
+  l.x = static_cast<int8_t const*>(p.x);
+  l.stride_x = p.stride_x;
+  l.weight = weight.data();
+  l.stride_weight = pitch;
+  l.m = p.m;
+  l.n = p.n;
+  l.k = p.k;
+  l.epilogue = p.epilogue;
+  run_linear_cpu(l, parallel);
+}
+
 }  // namespace
 
 void run_vq_linear_cpu(VqLinearParams const& p, ParallelFor const& parallel) {
+  if (p.m == 0 || p.n == 0) return;
+  if (p.is_int8) return multiply_int8(p, parallel);
   VqCpuKernels const& kernel = kernels();
   if (vq_cpu_path(p.m, kernel.lanes) == VqPath::kRows) return multiply_few_rows(kernel, p, parallel);
   multiply_many_rows(kernel, p, parallel);
