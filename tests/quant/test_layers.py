@@ -8,10 +8,10 @@ from torch import nn
 
 pytest.importorskip("diffusers")
 
-from cases.transformers import CASES  # noqa: E402
+from cases.transformers import CASES
 
-from vdit_ext.quant import layers as table  # noqa: E402
-from vdit_ext.quant.layers import CLASSES, KINDS, UNLISTED, linear_layers  # noqa: E402
+from vdit_ext.quant import layers as table
+from vdit_ext.quant.layers import CLASSES, KINDS, UNLISTED, linear_layers
 
 BY_NAME = {case.name: case for case in CASES}
 

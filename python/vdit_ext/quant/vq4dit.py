@@ -29,6 +29,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from .. import ops
+from ..ops.vq import CODEWORDS
 from . import accounting, vq_checkpoint
 from . import layers as layer_lists
 from .apply import QuantizedModel
@@ -242,7 +243,7 @@ class _Job:
     def skip(self, block: str) -> None:
         """All parts of a block were done before."""
         self.done += len(self.blocks.get(block, self.infos)) + _PARTS - 1
-        self.tell(block)
+        self.tell(block or "model")
 
     def soft(self, block: str) -> dict[str, SoftWeight]:
         """k-means of a block's weights, by layer; layers that share a codebook hold the same tensor."""
@@ -638,7 +639,7 @@ def _on_device(tree: Any, module: nn.Module) -> Any:
 
 def _quant_layer(coded: vq_checkpoint.Coded, form: VQFormat, settings: Settings) -> QuantLayer:
     rows, columns = coded.indices.shape
-    codebook = torch.zeros(form.codewords, form.dim)
+    codebook = torch.zeros(CODEWORDS[form.dim], form.dim)  # no index names what is left zero
     codebook[: len(coded.codebook)] = coded.codebook
     weight = VQWeight(
         ops.pack_vq(coded.indices.to(torch.uint8), form.dim),
