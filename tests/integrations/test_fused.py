@@ -16,7 +16,6 @@ from cases.methods import Banded
 from cases.transformers import CASES
 
 from vdit_ext.integrations import accelerate, fused
-from vdit_ext.quant.transform import InputTransform
 from vdit_ext.testing import difference
 
 WAN = next(case for case in CASES if case.name == "WanTransformer3DModel")
@@ -110,20 +109,8 @@ def test_other_forms_of_the_block(change):
 
 def test_masks_and_rotations_stay_in_the_pass():
     model = WIDE.build()
-    quantized = make.quantized(model)
-    layers = {}
-    for name, layer in quantized.layers.items():
-        columns = layer.weight.in_features
-        scale = torch.rand(columns, generator=torch.Generator().manual_seed(len(name))) + 0.5
-        if layer.group.endswith((".qkv", ".kv")):
-            scale = torch.linspace(0.5, 1.5, columns)
-        transform = InputTransform(channel_scale=scale, hadamard=16)
-        linear = model.get_submodule(name)
-        changed = nn.Linear(columns, linear.out_features)
-        changed.weight.data = transform.weight(linear.weight)
-        made = make.layer_of(changed, "int8", layer.group)
-        layers[name] = dataclasses.replace(made, transform=transform, bias=layer.bias)
-    quantized = dataclasses.replace(quantized, layers=layers)
+    quantized = make.quantized(model, "masked")
+    assert {layer.transform.hadamard for layer in quantized.layers.values()} == {16}
     with accelerate(model, quant=quantized) as handle:
         got, want = run(model), unfused(model, handle)
         assert in_fused_blocks(handle) == 20
