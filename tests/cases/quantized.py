@@ -21,9 +21,14 @@ def asymmetric(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Ten
     return ((weight / scale[:, None]).round() - zero[:, None]).clamp(0, 2**bits - 1), scale, zero
 
 
-def layer_of(linear: nn.Linear, kind: str = "int8", group: str | None = None) -> QuantLayer:
+def layer_of(
+    linear: nn.Linear,
+    kind: str = "int8",
+    group: str | None = None,
+    transform: InputTransform = InputTransform(),
+) -> QuantLayer:
     """A linear rounded to nearest in one of the formats "int8", "int4" and "planes"."""
-    weight = linear.weight.detach().float()
+    weight = transform.weight(linear.weight.detach())
     rows, columns = weight.shape
     if kind == "int8":
         scale = weight.abs().amax(1).clamp_min(1e-12) / 127
@@ -37,13 +42,29 @@ def layer_of(linear: nn.Linear, kind: str = "int8", group: str | None = None) ->
         planes = (ops.pack_w4(codes // 16), ops.pack_w4(codes % 16))
         form = NibblePlaneWeight(*planes, scale, zero + 128, rows, columns)
     bias = None if linear.bias is None else linear.bias.detach().float().clone()
-    return QuantLayer(form, bias, InputTransform(), group)
+    return QuantLayer(form, bias, transform, group)
+
+
+def mask(columns: int) -> InputTransform:
+    """A mask, and a rotation where there is one for so many channels."""
+    signs = torch.ones(columns)
+    signs[::3] = -1
+    hadamard = 16 if columns % 16 == 0 else 0
+    return InputTransform(torch.linspace(0.5, 2, columns), hadamard, signs if hadamard else None)
 
 
 def quantized(model: nn.Module, kind: str = "int8", layers: str | None = None) -> QuantizedModel:
-    """All linears of a model, in the groups of its class."""
+    """All linears of a model, in the groups of its class.
+
+    "masked" is "int8" behind :func:`mask`, one and the same for the members of a group.
+    """
     chosen = linear_layers(model, layers)
-    found = {info.name: layer_of(model.get_submodule(info.name), kind, info.group) for info in chosen}
+    masks = {info.group: mask(info.in_features) for info in chosen}
+    found = {}
+    for info in chosen:
+        transform = masks[info.group] if kind == "masked" else InputTransform()
+        form = "int8" if kind == "masked" else kind
+        found[info.name] = layer_of(model.get_submodule(info.name), form, info.group, transform)
     intervals = ()
     if kind == "planes":
         narrow = {info.name: 4 for info in chosen if info.kind != "ffn"}

@@ -272,7 +272,7 @@ def test_a_refusal_of_the_second_expert_leaves_the_first_as_it_was():
 # -- folders, and loading through diffusers ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["int8", "planes"])
+@pytest.mark.parametrize("kind", ["int8", "planes", "masked"])
 def test_a_folder_serves_accelerate_and_from_pretrained_alike(tmp_path, kind):
     model = WAN.build()
     quantized = make.quantized(model, kind)
@@ -334,13 +334,14 @@ def test_full_precision_weights_are_quantized_while_they_load(tmp_path, bits):
     assert len(described["weights"]) == 20
 
 
-def test_a_folder_of_layers_is_a_quantization_config(tmp_path):
+@pytest.mark.parametrize("kind", ["int4", "masked"])
+def test_a_folder_of_layers_is_a_quantization_config(tmp_path, kind):
     model = WAN.build()
     model.save_pretrained(tmp_path / "full")
-    save_quantized(tmp_path / "layers", model, make.quantized(model, "int4"), whole=False)
+    save_quantized(tmp_path / "layers", model, make.quantized(model, kind), whole=False)
     config = VditQuantConfig(folder=tmp_path / "layers")
     loaded = WanTransformer3DModel.from_pretrained(tmp_path / "full", quantization_config=config)
-    assert {layer.config()["format"] for layer in quantized_layers(loaded).values()} == {"int4"}
+    assert len(quantized_layers(loaded)) == 20
     loaded.save_pretrained(tmp_path / "again")
     again = WanTransformer3DModel.from_pretrained(tmp_path / "again")
     assert torch.equal(run(again, WAN), run(loaded, WAN))
@@ -458,7 +459,7 @@ def test_damaged_configs_are_one_sentence(tmp_path):
         ({}, "method or folder is expected, and not both, got method=None, folder=None"),
         ({"method": "rtn", "folder": "x"}, "and not both"),
         ({"method": "best"}, "method must be one of vidit_q, .*got 'best'"),
-        ({"method": "smoothquant"}, "without calibration is expected here .rtn., got smoothquant"),
+        ({"method": "smoothquant"}, "without calibration is expected here .*rtn.*, got smoothquant"),
         ({"method": "rtn", "bits": "w1a8"}, "bits of rtn must be one of w8a8, .*got 'w1a8'"),
     ],
 )

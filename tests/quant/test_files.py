@@ -33,7 +33,7 @@ def assert_equal(first, second) -> None:
         assert all(torch.equal(t, other.tensors()[key]) for key, t in layer.tensors().items())
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "planes"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "planes", "masked"])
 def test_round_trip_is_exact(model, kind, tmp_path):
     before = make.quantized(model, kind)
     files.save(tmp_path / "new", before, info={"bits": "w8a8"})

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 EXAMPLE = "a red disc bounces over blue stripes"
 # What `vdit_ext.sparse.METHODS` holds; written out so that a misspelt name is refused before torch is loaded.
 METHOD_NAMES = ("dense", "svg2", "svg1", "draft")
+# What `vdit_ext.quant.methods.METHODS` holds, for the same reason.
+QUANT_METHODS = ("vidit_q", "lrq_dit", "vq4dit", "kmeans_vq", "smoothquant", "rtn")
 DTYPES = ("float32", "float16", "bfloat16")
 
 Prompt = Annotated[str, typer.Option("--prompt", help=f'What to show, for the toy model as in "{EXAMPLE}".')]
@@ -102,6 +104,13 @@ def check_names(names: Iterable[str]) -> list[str]:
         if name not in METHOD_NAMES:
             raise Refusal(f"method: one of {', '.join(METHOD_NAMES)} was expected, got {name!r}")
     return names
+
+
+def check_quant_method(name: str) -> str:
+    """The name of a quantization method, or a Refusal that lists those there are."""
+    if name not in QUANT_METHODS:
+        raise Refusal(f"--method: one of {', '.join(QUANT_METHODS)} was expected, got {name!r}")
+    return name
 
 
 def settings_for(
@@ -234,7 +243,7 @@ def load_sampler(
         raise Refusal(f"--dtype: one of {', '.join(DTYPES)} was expected, got {dtype!r}")
     with reporter.waiting("loading the model"):
         check_packages(*SAMPLING, *(FOLDERS if model is not None else ()), *uses)
-        _hush_libraries()
+        hush_libraries()
         sampler = _load_toy() if model is None else _load_folder(model, dtype, device)
     if fps is not None:
         sampler.fps = fps
@@ -261,7 +270,7 @@ def _load_folder(model: Path, dtype: str | None, device: str | None) -> Sampler:
         return FolderSampler.load(model, dtype=dtype, device=device)
 
 
-def _hush_libraries() -> None:
+def hush_libraries() -> None:
     """Loading advice and bars of diffusers and transformers are for programmers; stderr is the user's."""
     for library in ("diffusers", "transformers"):
         logging = import_module(f"{library}.utils.logging")

@@ -498,7 +498,7 @@ def _weight(attn: nn.Module) -> torch.Tensor:
     linear = attn.to_out[0]
     linear = getattr(linear, "base_layer", linear)
     # A quantized linear has no weight in that dtype.
-    return linear.weight if "weight" in linear._parameters else attn.norm_q.weight
+    return attn.norm_q.weight if linear.weight is None else linear.weight
 
 
 def _layer_gap(attn: nn.Module, device: torch.device) -> str | None:

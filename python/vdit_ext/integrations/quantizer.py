@@ -175,6 +175,12 @@ class VditQuantizer(DiffusersQuantizer):
             )
         return missing_keys
 
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        # Layers of a group have their mask and their signs in common.
+        return files.unshared(state_dict), {}
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if not self.pre_quantized:
             return

@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,10 +91,10 @@ def save(
         texts[CONFIG] = _dumped(dict(config), "config")
     folder.mkdir(parents=True, exist_ok=True)
     with _staged(folder, [name, *texts]) as paths:
-        stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(stored, paths[name], metadata={"format": "pt", "vdit_quant": identity})
+        save_file(unshared(tensors), paths[name], metadata={"format": "pt", "vdit_quant": identity})
         for file, text in texts.items():
             paths[file].write_text(text)
+        shutil.copymode(paths[SETTINGS], paths[name])  # safetensors makes files that their owner alone may read
     return folder
 
 
@@ -141,6 +142,18 @@ def load(folder: str | Path, *, device: torch.device | str = "cpu") -> Quantized
     )
     check_intervals(quantized)
     return quantized
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU, none of which shares memory with another, as safetensors wants them."""
+    seen: set[int] = set()
+    found = {}
+    for key, tensor in tensors.items():
+        stored = tensor.detach().cpu().contiguous()
+        place = stored.untyped_storage().data_ptr()
+        found[key] = stored.clone() if place in seen and stored.numel() > 0 else stored
+        seen.add(place)
+    return found
 
 
 def aligned(tensor: Tensor) -> Tensor:

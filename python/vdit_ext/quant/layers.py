@@ -392,7 +392,7 @@ def plain_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """
     found = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or "weight" not in module._parameters:
+        if not isinstance(module, nn.Linear) or module._parameters.get("weight") is None:
             continue
         if re.search(r"(^|\.)lora_[A-Za-z_]+\.", name):
             continue

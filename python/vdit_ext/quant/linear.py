@@ -169,6 +169,7 @@ class QuantLinear(nn.Linear):
         self._arguments = self._format.arguments(self._config)
         self._weight_names = tuple(layer.weight.tensors())
         self._transform_names = tuple(layer.transform.tensors())
+        self.register_parameter("weight", None)  # peft reads the attribute
         self.register_buffer("bias", None)
         for name, tensor in layer.tensors().items():
             self.register_buffer(name, tensor)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .apply import QuantizedModel
-from .layers import linear_layers
+from .layers import LinearInfo, linear_layers
 
 Progress = Callable[[int, int, str], None]
 
@@ -53,6 +53,7 @@ METHODS: dict[str, MethodEntry] = {
     "vidit_q": MethodEntry("vidit_q", "quantize", True, "channel mask and rotation"),
     "lrq_dit": MethodEntry("lrq_dit", "quantize", True, "twin-log weights"),
     "vq4dit": MethodEntry("vq4dit", "quantize", True, "codewords for runs of weights"),
+    "kmeans_vq": MethodEntry("vq4dit", "quantize_kmeans", False, "codewords by plain k-means"),
     "smoothquant": MethodEntry("baselines", "smooth_quant", True, "channel mask alone"),
     "rtn": MethodEntry("baselines", "round_to_nearest", False, "rounding to nearest"),
 }
@@ -103,7 +104,7 @@ def run(
     calibration: Any,
     *,
     bits: str,
-    layers: str | Iterable[str] | None = None,
+    layers: str | Iterable[str] | Iterable[LinearInfo] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     **settings: Any,
@@ -115,7 +116,8 @@ def run(
         model: in full precision.
         calibration: of :mod:`.calibration`, None for methods that need none.
         bits: as in "w4a8".
-        layers: regular expressions for names of linears; by default those of the model's class.
+        layers: regular expressions for names of linears, or the linears themselves; by default those of the
+            model's class.
         seed: of what the method draws.
         progress: called with (layers done, layers in all, name of the layer).
         settings: the method's own.
@@ -124,5 +126,7 @@ def run(
         TypeError, ValueError: one sentence, for a model, name, bits or setting that cannot be served.
     """
     entry = entry_of(name, bits)
-    chosen = list(linear_layers(model, layers))
+    chosen = [] if layers is None or isinstance(layers, str) else list(layers)
+    if not (chosen and all(isinstance(one, LinearInfo) for one in chosen)):
+        chosen = list(linear_layers(model, chosen or layers))
     return entry(model, calibration, bits=bits, layers=chosen, seed=seed, progress=progress, **settings)

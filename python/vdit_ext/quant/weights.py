@@ -16,10 +16,11 @@ Padding inside of tiles is 0 and is never read as a weight.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
@@ -242,7 +243,8 @@ class VQWeight(_Weight):
 
     codes uint8 ``[ceil(O/32), ceil(C/64), 512 or 768]`` (:func:`vdit_ext.ops.pack_vq`); codebook ``[256, 4]``
     for 2 bits, ``[64, 2]`` for 3 bits, fp32, fp16 or bf16, or int8, which multiplies quantized rows;
-    row_scale fp32 ``[O]``, must be there with an int8 codebook, else may be None.
+    row_scale fp32 ``[O]``, must be there with an int8 codebook, else may be None; path: how
+    :func:`vdit_ext.ops.vq_linear` multiplies, "auto", "fused" or "expand".
     """
 
     codes: Tensor
@@ -251,6 +253,7 @@ class VQWeight(_Weight):
     out_features: int
     in_features: int
     row_scale: Tensor | None = None
+    path: str = "auto"
 
     format: ClassVar[str] = "vq"
 
@@ -260,7 +263,8 @@ class VQWeight(_Weight):
 
     def settings(self) -> dict[str, Any]:
         dtype = str(self.codebook.dtype).removeprefix("torch.")
-        return super().settings() | {"codebook_dtype": dtype, "has_row_scale": self.row_scale is not None}
+        has_scale = self.row_scale is not None
+        return super().settings() | {"codebook_dtype": dtype, "has_row_scale": has_scale, "path": self.path}
 
     @classmethod
     def layout(cls, settings: dict[str, Any]) -> Layout:
@@ -281,8 +285,7 @@ class VQWeight(_Weight):
         scale = (book.abs().amax() / 127).clamp_min(1e-30)
         row_scale = scale.expand(self.out_features) if self.row_scale is None else self.row_scale * scale
         codes = (book / scale).round().to(torch.int8)
-        sizes = (self.bits, self.out_features, self.in_features)
-        return VQWeight(self.codes, codes, *sizes, row_scale=row_scale.to(torch.float32).contiguous())
+        return replace(self, codebook=codes, row_scale=row_scale.to(torch.float32).contiguous())
 
     def dequantize(self) -> Tensor:
         book = self.codebook.to(torch.float32)
@@ -290,6 +293,7 @@ class VQWeight(_Weight):
         return ops.vq_dequantize(self.codes, book, *size, row_scale=self.row_scale)
 
     def multiply(self, x: QuantizedRows | Tensor, *, bits: int | None = None, **epilogue: Any) -> Tensor:
+        epilogue["path"] = self.path
         if self.takes_codes:
             weight = (self.codes, self.codebook, self.out_features)
             return ops.vq_linear(x.codes, *weight, x_scale=x.scale, weight_scale=self.row_scale, **epilogue)
@@ -297,14 +301,66 @@ class VQWeight(_Weight):
         return ops.vq_linear(x, *weight, weight_scale=self.row_scale, **epilogue)
 
 
+@dataclass(frozen=True)
+class DenseWeight(_Weight):
+    """A weight that was decoded already: values ``[O, C]`` in fp32, fp16 or bf16, multiplied by torch."""
+
+    values: Tensor
+
+    format: ClassVar[str] = "dense"
+    takes_codes: ClassVar[bool] = False
+
+    @property
+    def bits(self) -> int:
+        return 8 * self.values.element_size()
+
+    @property
+    def out_features(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.values.shape[1]
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"dtype": str(self.values.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def arguments(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def layout(cls, settings: dict[str, Any]) -> Layout:
+        shape = (settings["out_features"], settings["in_features"])
+        return {"values": (shape, getattr(torch, settings["dtype"]))}
+
+    def dequantize(self) -> Tensor:
+        return self.values.to(torch.float32)
+
+    def multiply(
+        self,
+        x: Tensor,
+        *,
+        bits: int | None = None,
+        bias: Tensor | None = None,
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        y = F.linear(x, self.values.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y = y if gate is None else y * gate
+        return (y if residual is None else y + residual).to(out_dtype or x.dtype)
+
+
 def _affine(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     value = codes.to(torch.float32)
     return (value if zero is None else value + zero[:, None]) * scale[:, None]
 
 
-Weight = Int8Weight | Int4Weight | NibblePlaneWeight | TwinLogWeight | VQWeight
+Weight = Int8Weight | Int4Weight | NibblePlaneWeight | TwinLogWeight | VQWeight | DenseWeight
 
 # A format's name in files to its class.
 FORMATS: dict[str, type[_Weight]] = {
-    form.format: form for form in (Int8Weight, Int4Weight, NibblePlaneWeight, TwinLogWeight, VQWeight)
+    form.format: form
+    for form in (Int8Weight, Int4Weight, NibblePlaneWeight, TwinLogWeight, VQWeight, DenseWeight)
 }

@@ -1,0 +1,688 @@
+"""VQ4DiT: weights as indices into a codebook of each layer, calibrated against the model's own blocks.
+
+arXiv 2408.17131 (AAAI 2025). k-means finds a codebook; every word of a weight then keeps its n nearest
+codewords as candidates with learnable ratios, and ratios, codebooks and biases are trained so that each
+transformer block returns what it returned at full precision, on inputs from the model's own sampling: no data
+set. Ratios are driven to 0 or 1; what remains are plain codes.
+
+What departs from the released code: blocks are calibrated one by one, each on the full-precision model's input
+to it (``mode="end_to_end"`` for the other way); codebooks learn from the beginning (``codebooks="two_phase"``);
+the weight of the ratio loss rises with time instead of being switched (``schedule="gate"``), and the distortion
+is counted in units of plain k-means' (``distortion="mse"``), without which that weight would mean something
+else in every block; codebook rates fall to zero; and a block that k-means alone fits better on held-out calls
+stays so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
+
+from .. import ops
+from ..ops.vq import CODEWORDS
+from . import accounting, vq_checkpoint
+from . import layers as layer_lists
+from .apply import QuantizedModel
+from .block_calls import Call, floating, record_calls
+from .kmeans_vq import VQFormat, clamp_codewords, kmeans_vq, row_scales, split_words, vq_format
+from .layers import LinearInfo
+from .linear import QuantLayer
+from .soft_vq import SoftWeight, ratio_loss
+from .transform import InputTransform
+from .weights import DenseWeight, Int8Weight, VQWeight
+
+Progress = Callable[[int, int, str], None]
+_PARTS = 10  # of a block's calibration, for progress
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to calibrate, by default as decided in section 8 of the specification.
+
+    Attributes:
+        candidates: n, codewords a word may choose from; at most 8.
+        ratio_init: "inverse_distance" or "uniform".
+        codebooks: "joint": codebooks learn with the ratios; "two_phase": only once assignments are hard.
+        schedule: weight of the ratio loss: "ramp": from 0 to ``ratio_weight`` over ``steps``; "gate": 0 where
+            the ratio loss is the lowest of the last 50 updates, else ``ratio_weight``.
+        distortion: unit of the distortion: "relative": plain k-means'; "mse": plain mean squares.
+        mode: "block": each block alone, on the full-precision model's inputs; "end_to_end": all at once,
+            through the whole model.
+        steps: updates with soft assignments, at most; then all are forced to their likeliest candidate.
+        codebook_steps: updates of codebooks and biases after that.
+        calls: of each block that are kept for calibration; a quarter of them is held out to check on.
+        ratio_rate, codebook_rate, bias_rate: learning rates of RMSprop with this ``alpha``.
+        freeze_above: a word's choice is made once a ratio is above this.
+        hard_above: a weight is hard once this share of its words is frozen.
+        ratio_weight: weight of the ratio loss.
+        iterations: of k-means.
+        row_scale: a factor for each row, its root mean square, before k-means.
+        share_qkv: one codebook for queries, keys and values of an attention, as in the released code.
+        modulation: also the modulation linears inside of blocks (adaLN); None: for DiTTransformer2DModel, where
+            the paper does so, and for no other.
+        codebook_dtype: "float16", "float32", or "int8", which multiplies 8-bit activations.
+        blocks_at_once: blocks whose calls are kept at a time; each group needs a run of the sampler; 0: all.
+    """
+
+    candidates: int = 2
+    ratio_init: str = "inverse_distance"
+    codebooks: str = "joint"
+    schedule: str = "ramp"
+    distortion: str = "relative"
+    mode: str = "block"
+    steps: int = 400
+    codebook_steps: int = 400
+    calls: int = 32
+    ratio_rate: float = 5e-2
+    codebook_rate: float = 1e-4
+    bias_rate: float = 1e-4
+    alpha: float = 0.9
+    freeze_above: float = 0.99
+    hard_above: float = 0.99
+    ratio_weight: float = 1.0
+    iterations: int = 100
+    row_scale: bool = False
+    share_qkv: bool = False
+    modulation: bool | None = None
+    codebook_dtype: str = "float16"
+    blocks_at_once: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                wanted = " or ".join(map(repr, allowed))
+                raise ValueError(f"vdit_ext.quant: {name} must be {wanted}, got {getattr(self, name)!r}")
+        for name, least, most in (("candidates", 1, 8), ("calls", 1, None), ("steps", 0, None)):
+            value = getattr(self, name)
+            if value < least or (most is not None and value > most):
+                wanted = f"{least} to {most}" if most is not None else f"at least {least}"
+                raise ValueError(f"vdit_ext.quant: {name} must be {wanted}, got {value}")
+
+
+_CHOICES = {
+    "ratio_init": ("inverse_distance", "uniform"),
+    "codebooks": ("joint", "two_phase"),
+    "schedule": ("ramp", "gate"),
+    "distortion": ("relative", "mse"),
+    "mode": ("block", "end_to_end"),
+    "codebook_dtype": ("float16", "float32", "int8"),
+}
+
+
+def quantize(
+    model: nn.Module,
+    calibration: Any,
+    *,
+    bits: str = "w2",
+    seed: int = 0,
+    progress: Progress | None = None,
+    layers: Iterable[LinearInfo] | Mapping[str, LinearInfo] | None = None,
+    checkpoint: str | Path | None = None,
+    **settings: Any,
+) -> QuantizedModel:
+    """Vector-quantize a model's linears and calibrate the assignments; the model is left as it is.
+
+    Args:
+        model: a diffusers transformer, or any model when ``layers`` is given.
+        calibration: what :func:`vdit_ext.quant.calibrate` returned, of which the ``runs`` are used; or a
+            function that samples with the model, or several.
+        bits: "w2", 256 words of 4 weights, or "w3", 64 words of 2.
+        seed: decides k-means' seeding, which calls are kept and in which order they are used.
+        progress: called with parts done, parts in all, and the name of a layer or block.
+        layers: the linears to quantize; those of :func:`linear_layers` when None.
+        checkpoint: folder that takes up every block as it is finished, and from which a later call with the
+            same model, seed and settings goes on; None keeps nothing.
+        settings: of :class:`Settings`.
+
+    Returns:
+        A :class:`QuantizedModel` of :class:`VQWeight` layers. Its report has, for each block, the mean squared
+        error of its output on held-out calls with plain k-means and after calibration, and exact sizes.
+
+    Raises:
+        ValueError: unknown bits or settings, input features that the word length does not divide, a run that
+            does not call a block, or a checkpoint of another model or of other settings; one sentence.
+    """
+    runs = _runs(calibration)
+    job = _Job.of(model, bits, seed, layers, settings, progress)
+    store = None if checkpoint is None else vq_checkpoint.Store(Path(checkpoint))
+    found = _by_block(job, runs, store) if job.settings.mode == "block" else _end_to_end(job, runs, store)
+    return job.result("vq4dit", found)
+
+
+def _runs(calibration: Any) -> tuple[Callable[[], Any], ...]:
+    runs = getattr(calibration, "runs", calibration)
+    runs = (runs,) if callable(runs) else tuple(runs) if isinstance(runs, Iterable) else ()
+    if not runs or not all(map(callable, runs)):
+        came = type(calibration).__name__
+        raise ValueError(
+            "vdit_ext.quant: calibration must hold functions that sample with the model, got "
+            f"{came} without any"
+        )
+    return runs
+
+
+def quantize_kmeans(
+    model: nn.Module,
+    calibration: Any = None,
+    *,
+    bits: str = "w2",
+    seed: int = 0,
+    progress: Progress | None = None,
+    layers: Iterable[LinearInfo] | Mapping[str, LinearInfo] | None = None,
+    **settings: Any,
+) -> QuantizedModel:
+    """Plain k-means of every weight, the baseline that needs no calibration. Arguments as :func:`quantize`."""
+    job = _Job.of(model, bits, seed, layers, settings, progress)
+    found = {}
+    for block in job.blocks:
+        found[block] = vq_checkpoint.Block(
+            {name: job.coded(name, soft) for name, soft in job.soft(block).items()}
+        )
+    return job.result("kmeans_vq", found)
+
+
+@dataclass
+class _Job:
+    """What is to be done, and what every part of it needs."""
+
+    model: nn.Module
+    bits: str
+    seed: int
+    settings: Settings
+    infos: list[LinearInfo]
+    progress: Progress | None
+    done: int = 0
+
+    @classmethod
+    def of(cls, model, bits, seed, layers, settings, progress) -> _Job:
+        vq_format(bits)
+        known = {field.name for field in dataclasses.fields(Settings)}
+        if unknown := sorted(settings.keys() - known):
+            raise ValueError(
+                f"vdit_ext.quant: settings of vq4dit must be among {', '.join(sorted(known))}, got {unknown[0]}"
+            )
+        model = getattr(model, "_orig_mod", model)
+        chosen = Settings(**settings)
+        job = cls(model, bits, seed, chosen, _chosen_linears(model, layers, chosen.modulation), progress)
+        for info in job.infos:
+            split_words(job.linear(info.name).weight[:1], job.form.dim)  # refuses before anything runs
+        return job
+
+    @property
+    def form(self) -> VQFormat:
+        return vq_format(self.bits)
+
+    @property
+    def blocks(self) -> dict[str, list[LinearInfo]]:
+        found: dict[str, list[LinearInfo]] = {}
+        for info in self.infos:
+            found.setdefault(info.block, []).append(info)
+        return found
+
+    def linear(self, name: str) -> nn.Linear:
+        module = self.model.get_submodule(name)
+        return module if isinstance(module, nn.Linear) else module.base_layer
+
+    def tell(self, what: str) -> None:
+        """One part is done."""
+        self.done += 1
+        if self.progress is not None:
+            total = len(self.infos) + _PARTS * (1 if self.settings.mode == "end_to_end" else len(self.blocks))
+            self.progress(min(self.done, total), total, what)
+
+    def skip(self, block: str) -> None:
+        """All parts of a block were done before."""
+        self.done += len(self.blocks.get(block, self.infos)) + _PARTS - 1
+        self.tell(block or "model")
+
+    def soft(self, block: str) -> dict[str, SoftWeight]:
+        """k-means of a block's weights, by layer; layers that share a codebook hold the same tensor."""
+        s, groups = self.settings, {}
+        for info in self.blocks[block]:
+            shared = s.share_qkv and info.group.endswith("qkv")
+            groups.setdefault(info.group if shared else info.name, []).append(info.name)
+        found = {}
+        for group, names in groups.items():
+            weights = [self.linear(name).weight.detach().to(torch.float32) for name in names]
+            scales = [row_scales(weight) if s.row_scale else None for weight in weights]
+            words = [
+                split_words(weight if scale is None else weight / scale[:, None], self.form.dim)
+                for weight, scale in zip(weights, scales, strict=True)
+            ]
+            every = torch.cat(words)
+            count = clamp_codewords(self.form.codewords, len(every))
+            seed = self.seed_of(group)
+            codebook = kmeans_vq(every, count, iterations=s.iterations, seed=seed).codebook.requires_grad_(True)
+            for name, weight, word, scale in zip(names, weights, words, scales, strict=True):
+                shape = tuple(weight.shape)
+                found[name] = SoftWeight(word, shape, codebook, s.candidates, s.ratio_init, scale)
+                self.tell(name)
+        return found
+
+    def seed_of(self, name: str) -> int:
+        """A seed of its own for each part, so that a resumed run draws as an uninterrupted one."""
+        return zlib.crc32(f"{self.seed} {name}".encode())
+
+    def coded(self, name: str, soft: SoftWeight, bias: Tensor | None = None) -> vq_checkpoint.Coded:
+        """A weight's codes as they stand."""
+        own = self.linear(name).bias
+        bias = own if bias is None else bias
+        return vq_checkpoint.Coded(
+            soft.chosen().reshape(soft.shape[0], -1).cpu(),
+            soft.codebook.detach().cpu().clone(),
+            None if bias is None else bias.detach().to(torch.float32).cpu().clone(),
+            None if soft.row_scale is None else soft.row_scale.cpu(),
+        )
+
+    def key(self, block: str) -> str:
+        """Says whether a checkpoint is of this block, these weights and these settings."""
+        names = [info.name for info in self.blocks.get(block, self.infos)]
+        asked = {"bits": self.bits, "seed": self.seed, "settings": dataclasses.asdict(self.settings)}
+        return vq_checkpoint.key_of(asked, {name: self.linear(name) for name in names})
+
+    def result(self, method: str, found: dict[str, vq_checkpoint.Block]) -> QuantizedModel:
+        coded = {name: layer for block in found.values() for name, layer in block.layers.items()}
+        layers = {info.name: _quant_layer(coded[info.name], self.form, self.settings) for info in self.infos}
+        report = {
+            "bits": self.bits,
+            "seed": self.seed,
+            "settings": dataclasses.asdict(self.settings),
+            "size": self.size_report(),
+            "blocks": {name: block.report for name, block in found.items() if block.report},
+        }
+        return QuantizedModel(method, layers, report=report)
+
+    def size_report(self) -> dict[str, Any]:
+        """Exact bytes, by the paper's formula, with and without the modulation linears."""
+        everything = _chosen_linears(self.model, None if _is_known(self.model) else self.infos, True)
+        parts = {
+            "quantized": self.infos,
+            "with_modulation": everything,
+            "without_modulation": [info for info in everything if info.kind != layer_lists.MODULATION],
+        }
+        s = self.settings
+        bits = {"float16": 16, "float32": 32, "int8": 8}[s.codebook_dtype]
+        found = {}
+        for name, infos in parts.items():
+            sizes = [self._linear_size(info) for info in infos]
+            size = accounting.vq_size(sizes, self.form, codebook_bits=bits, row_scale_bits=16 * s.row_scale)
+            found[name] = {"bytes": size.total, "full_bytes": size.full, "ratio": size.ratio}
+        return found
+
+    def _linear_size(self, info: LinearInfo) -> accounting.LinearSize:
+        shared = self.settings.share_qkv and info.group.endswith("qkv")
+        has_bias = self.linear(info.name).bias is not None
+        return accounting.LinearSize(
+            info.out_features, info.in_features, has_bias, info.group if shared else None
+        )
+
+
+def _is_known(model: nn.Module) -> bool:
+    return layer_lists.class_layers(model) is not None
+
+
+def _chosen_linears(model: nn.Module, layers, modulation: bool | None) -> list[LinearInfo]:
+    """The linears to quantize; modulation linears inside of blocks are added to the class's own list only."""
+    if layers is not None:
+        return list(layers.values() if isinstance(layers, Mapping) else layers)
+    known = layer_lists.linear_layers(model)
+    if modulation is None:
+        modulation = any(c.__name__ == "DiTTransformer2DModel" for c in type(model).__mro__)
+    if not modulation:
+        return list(known)
+    blocks, linears = known.blocks(), layer_lists.plain_linears(model)
+    for name, reason in known.kept.items():
+        block = next((block for block in blocks if name.startswith(f"{block}.")), None)
+        if reason == layer_lists.MODULATION and block is not None:
+            size = (linears[name].in_features, linears[name].out_features)
+            blocks[block].append(LinearInfo(name, block, layer_lists.MODULATION, name, *size))
+    return [info for infos in blocks.values() for info in infos]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Calibration
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Student:
+    """A module whose linears are being replaced: a block, or the whole model.
+
+    outputs(overrides, call): the tensors that are compared, with these parameters instead of the module's own.
+    soft and biases go by the names of the parameters ``weight`` and ``bias`` inside of the module.
+    """
+
+    outputs: Callable[[dict[str, Tensor], Call], tuple[Tensor, ...]]
+    soft: dict[str, SoftWeight]
+    biases: dict[str, Tensor]
+    dtype: torch.dtype
+
+    def run(self, call: Call, *, hard: bool = False) -> tuple[Tensor, ...]:
+        made = {name: soft.weight(hard=hard).to(self.dtype) for name, soft in self.soft.items()}
+        return self.outputs(made | {name: bias.to(self.dtype) for name, bias in self.biases.items()}, call)
+
+    def distortion(self, call: Call, *, hard: bool = False) -> Tensor:
+        """Mean over the compared tensors of their mean squared errors."""
+        errors = [
+            (came.float() - wanted.to(came.device).float()).square().mean()
+            for came, wanted in zip(self.run(call, hard=hard), call.outputs, strict=True)
+        ]
+        return torch.stack(errors).mean()
+
+    @torch.no_grad()
+    def hard_error(self, calls: list[Call]) -> float:
+        """What the finished model would have: mean distortion with every choice made."""
+        return float(torch.stack([self.distortion(call, hard=True) for call in calls]).double().mean())
+
+    def codebooks(self) -> list[Tensor]:
+        """Each once, though weights may share them."""
+        return list({id(soft.codebook): soft.codebook for soft in self.soft.values()}.values())
+
+
+def calibrate(
+    student: _Student,
+    calls: list[Call],
+    settings: Settings,
+    seed: int = 0,
+    after_part: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Train ratios, codebooks and biases of a student until all of its weights are hard.
+
+    Returns the report: mean squared errors on held-out calls of plain k-means and after, and what was kept.
+    """
+    used, held = _split_calls(calls)
+    before = _state(student)
+    plain = student.hard_error(held)
+    unit = max(student.hard_error(used), 1e-30) if settings.distortion == "relative" else 1.0
+    generator = torch.Generator().manual_seed(seed)
+    parts = _parts(settings.steps + settings.codebook_steps, after_part)
+    steps = _soften(student, used, settings, unit, generator, parts)
+    frozen = {name: soft.frozen_share for name, soft in student.soft.items()}
+    for soft in student.soft.values():
+        soft.harden()
+    assigned = student.hard_error(held)
+    _polish(student, used, settings, unit, generator, parts)
+    after = student.hard_error(held)
+    report = {"kmeans": plain, "assigned": assigned, "calibrated": after, "soft_steps": steps}
+    report["frozen_before_forced"] = sum(frozen.values()) / len(frozen)
+    report["kept"] = "calibrated" if after <= plain else "kmeans"
+    if after > plain:
+        _restore(student, before)
+    return report
+
+
+def _split_calls(calls: list[Call]) -> tuple[list[Call], list[Call]]:
+    """Every fourth call is held out; with fewer than four, all are used and looked at."""
+    held = calls[3::4]
+    return ([call for i, call in enumerate(calls) if i % 4 != 3], held) if held else (calls, calls)
+
+
+def _parts(total: int, after_part: Callable[[], None]) -> Callable[[int], None]:
+    """A function to call with the number of updates done; it tells of each tenth once."""
+    told = 0
+
+    def reached(done: int) -> None:
+        nonlocal told
+        while told < _PARTS and done * _PARTS >= (told + 1) * total:
+            told += 1
+            after_part()
+
+    return reached
+
+
+def _soften(student, calls, settings, unit, generator, parts) -> int:
+    """The updates with soft assignments; returns how many there were."""
+    softs = list(student.soft.values())
+    books, biases = student.codebooks(), list(student.biases.values())
+    groups = [
+        {"params": [soft.logits for soft in softs], "lr": settings.ratio_rate},
+        {"params": books, "lr": settings.codebook_rate},
+        {"params": biases, "lr": settings.bias_rate},
+    ]
+    optimizer = torch.optim.RMSprop([g for g in groups if g["params"]], alpha=settings.alpha)
+    lowest = float("inf")
+    for step in range(settings.steps):
+        open_softs = [soft for soft in softs if not soft.hard]
+        if not open_softs:
+            return step
+        lowest = float("inf") if step % 50 == 0 else lowest  # as long as a trajectory in the released code
+        doubt = torch.stack([ratio_loss(soft.logits, soft.frozen) for soft in open_softs]).mean()
+        weight = settings.ratio_weight * _ratio_factor(settings, step, float(doubt.detach()), lowest)
+        lowest = min(lowest, float(doubt.detach()))
+        loss = student.distortion(_draw(calls, generator)) / unit + weight * doubt
+        _set_gradients(optimizer, loss)
+        for soft in softs:
+            if soft.logits.grad is not None:
+                soft.logits.grad[soft.frozen] = 0
+        if settings.codebooks == "two_phase":
+            waiting = {id(soft.codebook) for soft in open_softs}
+            for book in books:
+                book.grad = None if id(book) in waiting else book.grad
+        optimizer.step()
+        for soft in open_softs:
+            soft.freeze(settings.freeze_above)
+            if soft.frozen_share > settings.hard_above:
+                soft.harden()
+        parts(step + 1)
+    return settings.steps
+
+
+def _ratio_factor(settings: Settings, step: int, doubt: float, lowest: float) -> float:
+    if settings.schedule == "ramp":
+        return step / settings.steps
+    return 0.0 if doubt <= lowest else 1.0
+
+
+def _polish(student, calls, settings, unit, generator, parts) -> None:
+    """The updates of codebooks and biases under hard assignments, at rates that fall to zero."""
+    groups = [
+        {"params": student.codebooks(), "lr": settings.codebook_rate},
+        {"params": list(student.biases.values()), "lr": settings.bias_rate},
+    ]
+    optimizer = torch.optim.RMSprop([g for g in groups if g["params"]], alpha=settings.alpha)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for step in range(settings.codebook_steps):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 - step / settings.codebook_steps)
+        _set_gradients(optimizer, student.distortion(_draw(calls, generator)) / unit)
+        optimizer.step()
+        parts(settings.steps + step + 1)
+    parts(settings.steps + settings.codebook_steps)
+
+
+def _set_gradients(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Gradients of the optimizer's own tensors, and of none of the model's parameters."""
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    for tensor, gradient in zip(tensors, torch.autograd.grad(loss, tensors, allow_unused=True), strict=True):
+        tensor.grad = gradient
+
+
+def _draw(calls: list[Call], generator: torch.Generator) -> Call:
+    return calls[int(torch.randint(len(calls), (1,), generator=generator))]
+
+
+def _state(student: _Student) -> list[Tensor]:
+    """What calibration changes, copied; logits stand for the choices."""
+    tensors = [soft.logits for soft in student.soft.values()] + student.codebooks()
+    return [tensor.detach().clone() for tensor in [*tensors, *student.biases.values()]]
+
+
+@torch.no_grad()
+def _restore(student: _Student, state: list[Tensor]) -> None:
+    tensors = [soft.logits for soft in student.soft.values()] + student.codebooks()
+    for tensor, before in zip([*tensors, *student.biases.values()], state, strict=True):
+        tensor.copy_(before)
+    for soft in student.soft.values():
+        soft.logits.zero_()
+        soft.logits[:, 0] = 1  # the nearest codeword
+        soft.harden()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Block by block, or end to end
+# ---------------------------------------------------------------------------------------------------------
+
+
+def _by_block(job: _Job, runs: tuple[Callable[[], Any], ...], store: vq_checkpoint.Store | None):
+    found: dict[str, vq_checkpoint.Block] = {}
+    for block in job.blocks:
+        if store is not None and (before := store.load(block, job.key(block))) is not None:
+            found[block] = before
+            job.skip(block)
+    left = [block for block in job.blocks if block not in found]
+    many = job.settings.blocks_at_once or len(left)
+    for first in range(0, len(left), max(many, 1)):
+        some = left[first : first + many]
+        recorded = record_calls(job.model, some, runs, calls=job.settings.calls, seed=job.seed_of("calls"))
+        for block in some:
+            found[block] = _one_block(job, block, recorded.pop(block))
+            if store is not None:
+                store.save(block, job.key(block), found[block])
+    return {block: found[block] for block in job.blocks}
+
+
+def _one_block(job: _Job, block: str, calls: list[Call]) -> vq_checkpoint.Block:
+    module = job.model.get_submodule(block)
+    student, by_layer = _student(job, job.soft(block), module, block, functools.partial(_call_module, module))
+    report = calibrate(student, calls, job.settings, job.seed_of(f"order {block}"), lambda: job.tell(block))
+    return vq_checkpoint.Block(_coded(job, student, by_layer), report)
+
+
+def _end_to_end(job: _Job, runs: tuple[Callable[[], Any], ...], store: vq_checkpoint.Store | None):
+    key = job.key("") if store is not None else ""
+    if store is not None and (before := store.load("", key)) is not None:
+        job.skip("")
+        return {"model": before}
+    blocks = list(job.blocks)
+    recorded = record_calls(job.model, [""], runs, calls=job.settings.calls, seed=job.seed_of("calls"))
+    outputs = functools.partial(_call_model, job.model, blocks)
+    with torch.no_grad():
+        calls = [Call(call.args, call.kwargs, outputs({}, call)) for call in recorded[""]]
+    soft = {name: weight for block in blocks for name, weight in job.soft(block).items()}
+    student, by_layer = _student(job, soft, job.model, "", outputs)
+    report = calibrate(student, calls, job.settings, job.seed_of("order"), lambda: job.tell("model"))
+    found = vq_checkpoint.Block(_coded(job, student, by_layer), report)
+    if store is not None:
+        store.save("", key, found)
+    return {"model": found}
+
+
+def _student(job: _Job, soft: dict[str, SoftWeight], module: nn.Module, prefix: str, outputs):
+    """A student, and for each layer the name of its linear inside of the module."""
+    inside = {linear: name for name, linear in module.named_modules() if isinstance(linear, nn.Linear)}
+    places = {name: inside[job.linear(name)] for name in soft}
+    biases = {}
+    for name, place in places.items():
+        linear = job.linear(name)
+        if linear.bias is not None:
+            copy = linear.bias.detach().to(torch.float32, copy=True)
+            biases[_joined(place, "bias")] = copy.requires_grad_(True)
+    by_parameter = {_joined(places[name], "weight"): weight for name, weight in soft.items()}
+    dtype = next(job.linear(name).weight.dtype for name in soft)
+    return _Student(outputs, by_parameter, biases, dtype), places
+
+
+def _joined(place: str, leaf: str) -> str:
+    return f"{place}.{leaf}" if place else leaf
+
+
+def _coded(job: _Job, student: _Student, places: dict[str, str]) -> dict[str, vq_checkpoint.Coded]:
+    return {
+        name: job.coded(
+            name, student.soft[_joined(place, "weight")], student.biases.get(_joined(place, "bias"))
+        )
+        for name, place in places.items()
+    }
+
+
+def _call_module(module: nn.Module, overrides: dict[str, Tensor], call: Call) -> tuple[Tensor, ...]:
+    args, kwargs = _on_device((call.args, call.kwargs), module)
+    return floating(functional_call(module, overrides, args, kwargs))
+
+
+def _call_model(
+    model: nn.Module, blocks: list[str], overrides: dict[str, Tensor], call: Call
+) -> tuple[Tensor, ...]:
+    """The outputs of all blocks in one pass through the model."""
+    seen: list[Tensor] = []
+    handles = [
+        model.get_submodule(block).register_forward_hook(lambda _m, _a, output: seen.extend(floating(output)))
+        for block in blocks
+    ]
+    try:
+        _call_module(model, overrides, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(seen)
+
+
+def _on_device(tree: Any, module: nn.Module) -> Any:
+    device = next(module.parameters()).device
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), tree)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Layers and how they are served
+# ---------------------------------------------------------------------------------------------------------
+
+
+def _quant_layer(coded: vq_checkpoint.Coded, form: VQFormat, settings: Settings) -> QuantLayer:
+    rows, columns = coded.indices.shape
+    codebook = torch.zeros(CODEWORDS[form.dim], form.dim)  # no index names what is left zero
+    codebook[: len(coded.codebook)] = coded.codebook
+    weight = VQWeight(
+        ops.pack_vq(coded.indices.to(torch.uint8), form.dim),
+        codebook if settings.codebook_dtype != "float16" else codebook.to(torch.float16),
+        form.bits,
+        rows,
+        columns * form.dim,
+        row_scale=coded.row_scale,
+    )
+    if settings.codebook_dtype == "int8":
+        return QuantLayer(weight.to_int8(), coded.bias, InputTransform(bits=8))
+    return QuantLayer(weight, coded.bias, InputTransform(bits=0))
+
+
+SERVING = ("fused", "scratch", "auto", "resident")
+
+
+def serve(
+    quantized: QuantizedModel, mode: str = "scratch", dtype: torch.dtype = torch.bfloat16
+) -> QuantizedModel:
+    """The same layers, to be multiplied in one of these ways.
+
+    "fused": codewords are looked up inside of the product; "scratch": the weight is decoded before each product
+    and dropped; "auto": whichever of the two suits the rows of a call; "resident": decoded once, here, which
+    saves nothing but disk space: into ``dtype``, or into int8 where the codebook is int8.
+
+    Raises ValueError for another mode.
+    """
+    if mode not in SERVING:
+        raise ValueError(f"vdit_ext.quant: mode must be one of {', '.join(SERVING)}, got {mode!r}")
+    served = {
+        name: dataclasses.replace(layer, weight=_served(layer.weight, mode, dtype))
+        if isinstance(layer.weight, VQWeight)
+        else layer
+        for name, layer in quantized.layers.items()
+    }
+    return dataclasses.replace(quantized, layers=served)
+
+
+def _served(weight: VQWeight, mode: str, dtype: torch.dtype):
+    if mode != "resident":
+        return dataclasses.replace(weight, path={"scratch": "expand"}.get(mode, mode))
+    size = (weight.out_features, weight.in_features)
+    if weight.takes_codes:
+        return Int8Weight(ops.vq_dequantize(weight.codes, weight.codebook, *size), weight.row_scale)
+    return DenseWeight(weight.dequantize().to(dtype))
