@@ -222,6 +222,15 @@ def test_compiles_into_one_graph(form):
         assert torch.equal(compiled(x), both(x))
 
 
+def test_rows_of_a_group_can_be_handed_on():
+    transform = transforms()["hadamard"]
+    first, second = (
+        QuantLinear(QuantLayer(weights()[form], None, transform, "g")) for form in ("int8", "int4")
+    )
+    x = normal(2, 8, K)
+    assert torch.equal(second(x, rows=first.rows(x)), second(x))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Shared inputs
 # ---------------------------------------------------------------------------------------------------------
