@@ -14,6 +14,7 @@ from vdit_ext.quant.budget import Unit, choose, knapsack, split_budget
 from vdit_ext.quant.sensitivity import (
     content_loss,
     measure_sensitivity,
+    mixed_precision,
     motion_loss,
     plan_precision,
     quality_loss,
@@ -132,6 +133,24 @@ def test_the_map_keeps_to_its_average_and_reaches_the_layers(measured):
     assert quantized.report["average_weight_bits"] <= 5.6
     with pytest.raises(ValueError, match=r"average_bits must be in 4 \.\. 8, got 9"):
         plan_precision(result, 9)
+
+
+def test_mixed_precision_measures_plans_and_quantizes(measured):
+    model, layers, found, _, _ = measured
+
+    def sample(on_step):
+        x = normal(12, 96)
+        for step in range(STEPS):
+            on_step(step, STEPS)
+            x = x + 0.1 * model(x / x.norm(dim=1, keepdim=True) * 10)
+        return x.reshape(4, 6, 16, 3)
+
+    told = []
+    settings = {"layers": layers, "by_interval": False, "progress": lambda *a: told.append(a), "alpha": 0.5}
+    quantized = mixed_precision(model, found, sample, average_bits=5.5, **settings)
+    assert 4 <= quantized.report["average_weight_bits"] <= 5.5
+    assert told[-1][:2] == (2 + 2 + 6, 2 + 2 + 6)
+    assert len(quantized.intervals) == 4
 
 
 def test_metrics_see_what_they_are_named_for():

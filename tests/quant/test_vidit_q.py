@@ -11,6 +11,7 @@ from vdit_ext import ops
 from vdit_ext.quant import InputTransform, QuantLayer, QuantLinear, apply, calibrate
 from vdit_ext.quant.budget import Unit, choose
 from vdit_ext.quant.hadamard import CORES, hadamard, multiply_blocks, random_signs
+from vdit_ext.quant.layers import LinearInfo
 from vdit_ext.quant.transform import channel_mask
 from vdit_ext.quant.uniform import round_weight, to_int4, to_int8, to_planes
 from vdit_ext.quant.vidit_q import PRESETS, average_bits, nearest_outputs, quantize, released_map
@@ -459,3 +460,12 @@ def test_weights_that_are_not_finite_fail_with_the_layers_name(tiny):
     broken.blocks[1].up.weight[3, 4] = torch.nan
     with pytest.raises(ValueError, match=r"^blocks.1.up: the weight must be finite"):
         quantize(broken, found, bits="w8a8", layers=layers_of(broken))
+
+
+def test_channels_beyond_exact_int32_fail_with_the_layers_name():
+    model = torch.nn.Sequential(torch.nn.Linear(65552, 1, bias=False))
+    info = LinearInfo("0", "0", "self", "0", 65552, 1)
+    with pytest.raises(
+        ValueError, match=r"^0: input channels must be at most 65536, .* got 65552; keep this layer"
+    ):
+        quantize(model, None, bits="w8a8", layers=[info])

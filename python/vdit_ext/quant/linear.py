@@ -229,8 +229,8 @@ class QuantLinear(nn.Linear):
         Args:
             gate: ``[B|1, S|1, O]``, factor on the result, or None. x is then ``[B, S, C]``.
             residual: ``[..., O]`` in x's dtype, added last, or None.
-            rows: what :meth:`rows` of a layer of this group returned for x, so that code that is compiled, where
-                layers do not share by themselves, quantizes x once.
+            rows: what :meth:`rows` of a layer of this group returned for x, so that code that is compiled,
+                where layers do not share by themselves, quantizes x once.
         """
         flat = x if x.ndim in (2, 3) else x.reshape(-1, self.in_features)
         weight = self._weight()
