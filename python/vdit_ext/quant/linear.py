@@ -216,20 +216,30 @@ class QuantLinear(nn.Linear):
             )
         self.bits = bits
 
-    def forward(self, x: Tensor, *, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        rows: QuantizedRows | None = None,
+    ) -> Tensor:
         """``[..., C]`` in fp32, fp16 or bf16 to ``[..., O]`` in the same dtype.
 
         Args:
             gate: ``[B|1, S|1, O]``, factor on the result, or None. x is then ``[B, S, C]``.
             residual: ``[..., O]`` in x's dtype, added last, or None.
+            rows: what :meth:`rows` of a layer of this group returned for x, so that code that is compiled,
+                where layers do not share by themselves, quantizes x once.
         """
         flat = x if x.ndim in (2, 3) else x.reshape(-1, self.in_features)
         weight = self._weight()
-        rows = self.rows(flat) if weight.takes_codes else self._floats(flat)
+        if rows is None:
+            rows = self.rows(flat) if weight.takes_codes else self._floats(flat)
         epilogue = {"bias": self.bias, "gate": gate, "residual": residual, "out_dtype": x.dtype}
         epilogue |= self.epilogue or {}
         out = weight.multiply(rows, bits=self.bits, **epilogue)
-        return out if flat is x else out.unflatten(0, x.shape[:-1])
+        return out if flat is x else out.reshape(*x.shape[:-1], self.out_features)
 
     def rows(self, x: Tensor) -> QuantizedRows:
         """The quantized input, ``[M, C]`` or ``[B, S, C]``, shared with the layers of the group."""

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .apply import QuantizedModel, apply
+from .apply import Applied, QuantizedModel, apply
 from .budget import Unit, choose
-from .calibration import Progress
+from .calibration import Calibration, Progress
 from .layers import CROSS, FFN, SELF, TEMPORAL, LinearInfo, linear_layers
-from .vidit_q import INTERVALS
+from .vidit_q import INTERVALS, quantize
 
 # Loss of frames against those of the full-precision model, float [F, H, W, 3] each; 0 for equal ones, higher is
 # worse.
@@ -159,6 +160,33 @@ def plan_precision(found: Sensitivity, average_bits: float) -> tuple[dict[str, i
     )
 
 
+def mixed_precision(
+    model: nn.Module,
+    calibration: Calibration,
+    sample: Sample,
+    *,
+    average_bits: float,
+    metrics: Mapping[str, Metric] | None = None,
+    by_interval: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+    layers: Iterable[LinearInfo] | None = None,
+    **settings: Any,
+) -> QuantizedModel:
+    """ViDiT-Q with a bit map of its own: measure, plan, quantize.
+
+    Args: as :func:`measure_sensitivity`, :func:`plan_precision` and :func:`vdit_ext.quant.vidit_q.quantize`,
+        which
+    takes ``settings``. ``progress`` counts sampled clips.
+    """
+    infos = list(linear_layers(model) if layers is None else layers)
+    settings |= {"bits": "w4a8-mp", "seed": seed, "layers": infos}
+    planes = quantize(model, calibration, precision="switchable", **settings)
+    given = {"layers": infos, "metrics": metrics, "by_interval": by_interval, "progress": progress}
+    found = measure_sensitivity(model, planes, sample, **given)
+    return quantize(model, calibration, precision=plan_precision(found, average_bits), **settings)
+
+
 def _units(infos: list[LinearInfo]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """Layer names and metric group by unit."""
     members: dict[str, tuple[str, ...]] = {}
@@ -170,7 +198,7 @@ def _units(infos: list[LinearInfo]) -> tuple[dict[str, tuple[str, ...]], dict[st
     return members, group_of
 
 
-def _sample_with(applied, sample: Sample, low: set[str], span: tuple[int, ...]) -> Tensor:
+def _sample_with(applied: Applied, sample: Sample, low: set[str], span: tuple[int, ...]) -> Tensor:
     """The frames with some layers at 4 bits in some parts of the steps."""
 
     def on_step(step: int, steps: int) -> None:

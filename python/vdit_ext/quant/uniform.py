@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.linear import MAX_CHANNELS
 from .apply import find_linear
 from .calibration import Progress
 from .layers import LinearInfo, linear_layers
@@ -178,4 +179,9 @@ def _linear(model: nn.Module, info: LinearInfo) -> nn.Linear:
     linear = getattr(parent, leaf)
     if not isinstance(linear, nn.Linear) or linear._parameters.get("weight") is None:
         raise ValueError(f"{info.name}: it must be a torch.nn.Linear, got {type(linear).__name__}")
+    if linear.in_features > MAX_CHANNELS:
+        raise ValueError(
+            f"{info.name}: input channels must be at most {MAX_CHANNELS}, so that sums are exact in int32, got "
+            f"{linear.in_features}; keep this layer as it is"
+        )
     return linear
