@@ -13,12 +13,14 @@ formula.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .. import ops
 
 BITS = (3, 4)
 MODES = ("corrected", "paper", "released")
@@ -439,3 +441,34 @@ def unpack_planes(planes: Tensor, in_features: int) -> Tensor:
 def _values_of(data: Tensor, width: int) -> Tensor:
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=data.device)
     return ((data[..., None] >> shifts) & (1 << width) - 1).flatten(-2)
+
+
+def compact_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's tensors as a file may keep them: three bits a weight where the layer has three-bit codes.
+
+    Products read such codes from tiles of four bits each.
+
+    Args:
+        config: of the layer (:meth:`vdit_ext.quant.QuantLayer.config`).
+        tensors: of the layer, by name.
+
+    Returns:
+        The tensors, with "planes" (:func:`pack_planes`) in place of "tiles" for three-bit twin-log layers.
+    """
+    found = dict(tensors)
+    if config["format"] == "twin_log" and config["bits"] == 3:
+        codes = ops.unpack_log4(found.pop("tiles"), config["out_features"], config["in_features"])
+        found["planes"] = pack_planes(codes)
+    return found
+
+
+def expanded_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The exact inverse of :func:`compact_tensors`; tensors without "planes" stay as they are.
+
+    Raises:
+        ValueError: one sentence, for planes of another shape or dtype than the config asks for.
+    """
+    found = dict(tensors)
+    if "planes" in found:
+        found["tiles"] = ops.pack_log4(unpack_planes(found.pop("planes"), config["in_features"]))
+    return found
