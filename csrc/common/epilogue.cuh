@@ -23,13 +23,12 @@ struct EpilogueColumns {
   }
 };
 
-// The columns' element of row `m` in a gate or a residual.
+// The columns' element of row `m` in a gate or a residual. NOTE: divides in 32 bits, which launchers make sure of: the
+// 64-bit division is a call of some hundred instructions, around which registers of sums would be spilled.
 VDIT_DEVICE int64_t epilogue_offset(LinearEpilogue const& e, Strides2 const& stride, int64_t m) {
-  // NOTE: 32-bit division where it suffices: the 64-bit one is a call of some hundred instructions.
-  bool const narrow = m <= 0xffffffffll && e.rows_per_batch <= 0xffffffffll;
-  int64_t const b = narrow ? static_cast<uint32_t>(m) / static_cast<uint32_t>(e.rows_per_batch)
-                           : m / e.rows_per_batch;
-  return b * stride.b + (m - b * e.rows_per_batch) * stride.h;
+  uint32_t const row = static_cast<uint32_t>(m), rows = static_cast<uint32_t>(e.rows_per_batch);
+  uint32_t const b = row / rows;
+  return static_cast<int64_t>(b) * stride.b + static_cast<int64_t>(row - b * rows) * stride.h;
 }
 
 VDIT_DEVICE void store_raw_sums(int32_t* out, int count, bool wide, int32_t const (&sums)[8]) {

@@ -1,5 +1,5 @@
-// CPU entry points of the vq family: work items and thread hand-out. The vector bodies are in cpu_body.h, compiled
-// once per instruction set by cpu_<isa>.cpp.
+// CPU entry points of the vq family: work items and thread hand-out. The vector bodies are in cpu_body.h,
+// compiled once per instruction set by cpu_<isa>.cpp.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -62,24 +62,26 @@ void run_vq_assign_cpu(VqAssignParams const& p, ParallelFor const& parallel) {
 
 void run_vq_dequantize_cpu(VqDequantizeParams const& p, ParallelFor const& parallel) {
   VqCpuKernels const& kernel = kernels();
-  for_each_item(parallel, ceil_div(p.n, kVqTileOut), [&](int64_t i) { kernel.dequantize(p, i * kVqTileOut); });
+  for_each_item(parallel, ceil_div(p.n, kVqTileOut),
+                [&](int64_t i) { kernel.dequantize(p, i * kVqTileOut); });
 }
 
 namespace {
 
 void multiply_few_rows(VqCpuKernels const& kernel, VqLinearParams const& p, ParallelFor const& parallel) {
-  int64_t const pitch = ceil_div(p.k, kVqTileIn) * kVqTileIn;
-  std::vector<float> x(p.m * pitch);
+  int64_t const pitch = vq_row_pitch(p.k);
+  std::vector<float> x(ceil_div(p.m, kVqRowMultiple) * kVqRowMultiple * pitch);
   alignas(64) float words[1024];
   kernel.make_words(p, false, words);
-  for (int64_t row = 0; row < p.m; ++row) kernel.widen_row(p, row, pitch, x.data() + row * pitch);
+  for (int64_t row = 0; row < p.m; ++row) kernel.widen_row(p, row, x.data() + row * pitch);
   for_each_item(parallel, ceil_div(p.n, kVqTileOut),
                 [&](int64_t i) { kernel.multiply_rows(p, x.data(), words, i * kVqTileOut); });
 }
 
 // Output channels of an item: many, so that packing x costs little, but enough items for every thread.
 int64_t columns_per_item(int64_t row_blocks, int64_t n, int threads) {
-  int64_t const tiles = ceil_div(n, kVqTileOut), items = std::max<int64_t>(1, ceil_div(4 * threads, row_blocks));
+  int64_t const tiles = ceil_div(n, kVqTileOut),
+                items = std::max<int64_t>(1, ceil_div(4 * threads, row_blocks));
   return std::clamp<int64_t>(ceil_div(tiles, items) * kVqTileOut, 64, kVqSumColumns);
 }
 
@@ -131,7 +133,7 @@ void run_vq_linear_cpu(VqLinearParams const& p, ParallelFor const& parallel) {
   if (p.m == 0 || p.n == 0) return;
   if (p.is_int8) return multiply_int8(p, parallel);
   VqCpuKernels const& kernel = kernels();
-  if (vq_cpu_path(p.m, kernel.lanes) == VqPath::kRows) return multiply_few_rows(kernel, p, parallel);
+  if (vq_cpu_path(p.m) == VqPath::kRows) return multiply_few_rows(kernel, p, parallel);
   multiply_many_rows(kernel, p, parallel);
 }
 

@@ -163,7 +163,7 @@ class VditQuantizer(DiffusersQuantizer):
                 "the "
                 "files belong to different models"
             )
-        layer._buffers[key] = stored.to(target_device)
+        layer._buffers[key] = files.aligned(stored.to(target_device))
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         missing = sorted(key for key in missing_keys if _layer_of(model, key) is not None)

@@ -81,19 +81,24 @@ class _Recorder:
 
 
 def record_calls(
-    model: nn.Module, names: Iterable[str], run: Callable[[], Any], *, calls: int = 32, seed: int = 0
+    model: nn.Module,
+    names: Iterable[str],
+    runs: Iterable[Callable[[], Any]],
+    *,
+    calls: int = 32,
+    seed: int = 0,
 ) -> dict[str, list[Call]]:
     """Run a sampler and keep some calls of the named modules, by name; ``""`` names the model itself.
 
     Args:
-        run: samples with the model, however often; it decides prompts, steps and guidance.
+        runs: each samples with the model; they decide prompts, steps and guidance.
         calls: kept of each module at most, spread evenly over all of its calls and drawn at random within each
             part; at least half as many where there are that many.
 
     Tensors are copied to the CPU.
 
     Raises:
-        ValueError: a module that the run never called.
+        ValueError: a module that no run called.
     """
     recorders = {name: _Recorder(Strata(calls, seed)) for name in names}
     handles = []
@@ -103,14 +108,15 @@ def record_calls(
             handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
             handles.append(module.register_forward_hook(recorder.after, with_kwargs=True))
         with torch.no_grad():
-            run()
+            for run in runs:
+                run()
     finally:
         for handle in handles:
             handle.remove()
     found = {name: recorder.strata.all() for name, recorder in recorders.items()}
     if silent := [name for name, calls_ in found.items() if not calls_]:
         raise ValueError(
-            f"vdit_ext.quant: the calibration run must call every block, {silent[0] or 'the model'} was not "
+            f"vdit_ext.quant: calibration must call every block, {silent[0] or 'the model'} was not "
             "called; let it sample with the model that is quantized"
         )
     # Tensors of inference mode cannot take part in autograd; copies made outside of it can.

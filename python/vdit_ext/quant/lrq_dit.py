@@ -106,7 +106,7 @@ def quantize(
     seed: int = 0,
     progress: Progress | None = None,
     layers: Iterable[LinearInfo] | None = None,
-    preset: str | Preset | None = None,
+    preset: str | None = None,
     mode: str = "corrected",
     grid: str = "small",
     alpha: float | None = 0.5,
@@ -126,7 +126,7 @@ def quantize(
         seed: of the signs before the Hadamard matrices and of the dual rotations.
         progress: called with layers done, layers in all, and the layer's name.
         layers: which linears; by default :func:`vdit_ext.quant.linear_layers` of the model.
-        preset: a name in :data:`PRESETS`, or a preset; by default one that leaves all to the other arguments.
+        preset: a name in :data:`PRESETS`; by default all is left to the other arguments.
         mode: "corrected" or "paper", the weights' grid (:func:`vdit_ext.quant.twin_log.fit`).
         grid: "small" or "full", how many grids are tried.
         alpha: share of the imbalance between channels that the weights keep, 0 to 1; None leaves out the mask.
@@ -147,7 +147,7 @@ def quantize(
         ValueError: one sentence with what was expected and what came.
         KeyError: a layer that was not calibrated.
     """
-    chosen = _preset(preset)
+    chosen = Preset() if preset is None else PRESETS[_require("preset", preset, tuple(PRESETS))]
     plan = _Plan(
         calibration=calibration,
         preset=chosen,
@@ -168,14 +168,6 @@ def quantize(
     infos = [_regrouped(info, chosen) for info in infos if info.name not in set(kept)]
     found = quantize_layers(model, infos, plan.transform_of, plan.weight_of, progress)
     return QuantizedModel("lrq_dit", found, report=plan.summary() | {"kept": kept})
-
-
-def _preset(preset: str | Preset | None) -> Preset:
-    if isinstance(preset, Preset):
-        return preset
-    if preset is None:
-        return Preset()
-    return PRESETS[_require("preset", preset, tuple(PRESETS))]
 
 
 def _require(name: str, value: str, choices: tuple[str, ...]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,42 +20,43 @@ class MethodEntry:
     """One method.
 
     Attributes:
-        module, function: where it is; imported when it is used.
-        bits: what it takes, the default first.
+        module, function: where it is; imported when it is used. The module's ``BITS`` are what it takes, the
+            default first.
         calibrated: whether it needs a calibration.
-        about: one line for help texts.
+        about: a few words for help texts.
     """
 
     module: str
     function: str
-    bits: tuple[str, ...]
     calibrated: bool
     about: str
 
+    @property
+    def bits(self) -> tuple[str, ...]:
+        """What ``bits`` may be, the default first."""
+        return tuple(self._home().BITS)
+
     def load(self) -> Callable[..., QuantizedModel]:
-        """The function ``quantize(model, calibration, *, bits, layers, seed, progress, **settings)``."""
-        return getattr(import_module(f".{self.module}", __package__), self.function)
+        """The function ``(model, calibration, *, bits, layers, seed, progress, **settings)``."""
+        return getattr(self._home(), self.function)
+
+    def __call__(self, model: nn.Module, calibration: Any = None, **settings: Any) -> QuantizedModel:
+        """Call the function."""
+        return self.load()(model, calibration, **settings)
+
+    def _home(self) -> Any:
+        return import_module(f".{self.module}", __package__)
 
 
 # A method's name to its entry; a new method is a new line.
 METHODS: dict[str, MethodEntry] = {
-    "vidit_q": MethodEntry("vidit_q", "quantize", ("w8a8", "w4a8", "w6a6"), True, "channel mask and rotation"),
-    "lrq_dit": MethodEntry("lrq_dit", "quantize", ("w4a8", "w3a8", "w4a4"), True, "twin-log weights"),
-    "vq4dit": MethodEntry("vq4dit", "quantize", ("w2", "w3"), True, "codewords for runs of weights"),
-    "smoothquant": MethodEntry("baselines", "smoothquant", ("w8a8", "w4a8"), True, "channel mask alone"),
-    "rtn": MethodEntry("baselines", "rtn", ("w8a8", "w4a8"), False, "nearest integers"),
+    "vidit_q": MethodEntry("vidit_q", "quantize", True, "channel mask and rotation"),
+    "lrq_dit": MethodEntry("lrq_dit", "quantize", True, "twin-log weights"),
+    "vq4dit": MethodEntry("vq4dit", "quantize", True, "codewords for runs of weights"),
+    "kmeans_vq": MethodEntry("vq4dit", "quantize_kmeans", False, "codewords by plain k-means"),
+    "smoothquant": MethodEntry("baselines", "smooth_quant", True, "channel mask alone"),
+    "rtn": MethodEntry("baselines", "round_to_nearest", False, "rounding to nearest"),
 }
-
-
-def check_bits(bits: str) -> str:
-    """Bits as "w4a8" says them; "w2" leaves activations as they are.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if not isinstance(bits, str) or not re.fullmatch(r"w[2-8](a[2-8]|a16)?", bits):
-        raise ValueError(f"vdit_ext.quant: bits must be as in w8a8, w4a8 or w2, got {bits!r}")
-    return bits
 
 
 def entry_of(name: str, bits: str | None = None) -> MethodEntry:
@@ -68,7 +68,7 @@ def entry_of(name: str, bits: str | None = None) -> MethodEntry:
     if name not in METHODS:
         raise ValueError(f"vdit_ext.quant: method must be one of {', '.join(METHODS)}, got {name!r}")
     entry = METHODS[name]
-    if bits is not None and check_bits(bits) not in entry.bits:
+    if bits is not None and bits not in entry.bits:
         raise ValueError(f"vdit_ext.quant: bits of {name} must be one of {', '.join(entry.bits)}, got {bits!r}")
     return entry
 
@@ -125,5 +125,5 @@ def run(
         TypeError, ValueError: one sentence, for a model, name, bits or setting that cannot be served.
     """
     entry = entry_of(name, bits)
-    chosen = {info.name: info for info in linear_layers(model, layers)}
-    return entry.load()(model, calibration, bits=bits, layers=chosen, seed=seed, progress=progress, **settings)
+    chosen = list(linear_layers(model, layers))
+    return entry(model, calibration, bits=bits, layers=chosen, seed=seed, progress=progress, **settings)

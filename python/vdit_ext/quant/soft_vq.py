@@ -14,20 +14,19 @@ from .kmeans_vq import nearest_words
 
 # A logit so far above the others that its softmax is exactly 1 in fp32.
 _CERTAIN = 1e4
+_NEARLY_ZERO = 1e-5
 
 
 def first_logits(distances: Tensor, init: str = "inverse_distance") -> Tensor:
     """Logits ``[V, n]`` from the distances of n candidates, nearest first.
 
-    "inverse_distance": ``log(D_n / (D_j + 1e-5))``, the last one 0, so that for n = 2 the first ratio is
-    ``D_2 / (D_1 + D_2)`` (the released code); "uniform": every ratio 1 / n (the paper).
+    "inverse_distance": ``log(D_n / D_j)``, so that for n = 2 the first ratio is ``D_2 / (D_1 + D_2)``; "uniform":
+    every ratio 1 / n (the paper). The released code adds 1e-5 to D_j alone, with which the farther of two
+    candidates leads where they are nearly tied; here it is added to both.
     """
     if init == "uniform":
         return torch.zeros_like(distances)
-    farthest = distances[:, -1:].clamp_min(1e-12)  # 0 where words of the codebook repeat
-    logits = torch.log(farthest / (distances + 1e-5))
-    logits[:, -1] = 0
-    return logits
+    return torch.log((distances[:, -1:] + _NEARLY_ZERO) / (distances + _NEARLY_ZERO))
 
 
 def soft_words(codebook: Tensor, candidates: Tensor, logits: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from .. import ops
+from ..ops.vq import CODEWORDS
 from . import accounting, vq_checkpoint
 from . import layers as layer_lists
 from .apply import QuantizedModel
@@ -46,19 +47,17 @@ _PARTS = 10  # of a block's calibration, for progress
 
 @dataclass(frozen=True)
 class Settings:
-    """How to calibrate. Defaults are the spec's decisions; the comments name the other choices.
+    """How to calibrate, by default as decided in section 8 of the specification.
 
     Attributes:
         candidates: n, codewords a word may choose from; at most 8.
         ratio_init: "inverse_distance" or "uniform".
         codebooks: "joint": codebooks learn with the ratios; "two_phase": only once assignments are hard.
         schedule: weight of the ratio loss: "ramp": from 0 to ``ratio_weight`` over ``steps``; "gate": 0 where
-            the
-            ratio loss is the lowest of the last 50 updates, else ``ratio_weight``.
+            the ratio loss is the lowest of the last 50 updates, else ``ratio_weight``.
         distortion: unit of the distortion: "relative": plain k-means'; "mse": plain mean squares.
         mode: "block": each block alone, on the full-precision model's inputs; "end_to_end": all at once,
-            through
-            the whole model.
+            through the whole model.
         steps: updates with soft assignments, at most; then all are forced to their likeliest candidate.
         codebook_steps: updates of codebooks and biases after that.
         calls: of each block that are kept for calibration; a quarter of them is held out to check on.
@@ -135,14 +134,14 @@ def quantize(
 
     Args:
         model: a diffusers transformer, or any model when ``layers`` is given.
-        calibration: ``run(model)``, which samples with the model a few times, or an object with such a ``run``.
+        calibration: what :func:`vdit_ext.quant.calibrate` returned, of which the ``runs`` are used; or a
+            function that samples with the model, or several.
         bits: "w2", 256 words of 4 weights, or "w3", 64 words of 2.
         seed: decides k-means' seeding, which calls are kept and in which order they are used.
         progress: called with parts done, parts in all, and the name of a layer or block.
         layers: the linears to quantize; those of :func:`linear_layers` when None.
         checkpoint: folder that takes up every block as it is finished, and from which a later call with the
-            same
-            model, seed and settings goes on; None keeps nothing.
+            same model, seed and settings goes on; None keeps nothing.
         settings: of :class:`Settings`.
 
     Returns:
@@ -153,20 +152,28 @@ def quantize(
         ValueError: unknown bits or settings, input features that the word length does not divide, a run that
             does not call a block, or a checkpoint of another model or of other settings; one sentence.
     """
-    run = getattr(calibration, "run", calibration)
-    if not callable(run):
-        raise ValueError(
-            "vdit_ext.quant: calibration must be a function that samples with the model, got "
-            f"{type(run).__name__}"
-        )
+    runs = _runs(calibration)
     job = _Job.of(model, bits, seed, layers, settings, progress)
     store = None if checkpoint is None else vq_checkpoint.Store(Path(checkpoint))
-    found = _by_block(job, run, store) if job.settings.mode == "block" else _end_to_end(job, run, store)
+    found = _by_block(job, runs, store) if job.settings.mode == "block" else _end_to_end(job, runs, store)
     return job.result("vq4dit", found)
+
+
+def _runs(calibration: Any) -> tuple[Callable[[], Any], ...]:
+    runs = getattr(calibration, "runs", calibration)
+    runs = (runs,) if callable(runs) else tuple(runs) if isinstance(runs, Iterable) else ()
+    if not runs or not all(map(callable, runs)):
+        came = type(calibration).__name__
+        raise ValueError(
+            "vdit_ext.quant: calibration must hold functions that sample with the model, got "
+            f"{came} without any"
+        )
+    return runs
 
 
 def quantize_kmeans(
     model: nn.Module,
+    calibration: Any = None,
     *,
     bits: str = "w2",
     seed: int = 0,
@@ -236,7 +243,7 @@ class _Job:
     def skip(self, block: str) -> None:
         """All parts of a block were done before."""
         self.done += len(self.blocks.get(block, self.infos)) + _PARTS - 1
-        self.tell(block)
+        self.tell(block or "model")
 
     def soft(self, block: str) -> dict[str, SoftWeight]:
         """k-means of a block's weights, by layer; layers that share a codebook hold the same tensor."""
@@ -526,7 +533,7 @@ def _restore(student: _Student, state: list[Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def _by_block(job: _Job, run: Callable[[nn.Module], Any], store: vq_checkpoint.Store | None):
+def _by_block(job: _Job, runs: tuple[Callable[[], Any], ...], store: vq_checkpoint.Store | None):
     found: dict[str, vq_checkpoint.Block] = {}
     for block in job.blocks:
         if store is not None and (before := store.load(block, job.key(block))) is not None:
@@ -536,9 +543,7 @@ def _by_block(job: _Job, run: Callable[[nn.Module], Any], store: vq_checkpoint.S
     many = job.settings.blocks_at_once or len(left)
     for first in range(0, len(left), max(many, 1)):
         some = left[first : first + many]
-        recorded = record_calls(
-            job.model, some, lambda: run(job.model), calls=job.settings.calls, seed=job.seed_of("calls")
-        )
+        recorded = record_calls(job.model, some, runs, calls=job.settings.calls, seed=job.seed_of("calls"))
         for block in some:
             found[block] = _one_block(job, block, recorded.pop(block))
             if store is not None:
@@ -553,18 +558,16 @@ def _one_block(job: _Job, block: str, calls: list[Call]) -> vq_checkpoint.Block:
     return vq_checkpoint.Block(_coded(job, student, by_layer), report)
 
 
-def _end_to_end(job: _Job, run: Callable[[nn.Module], Any], store: vq_checkpoint.Store | None):
+def _end_to_end(job: _Job, runs: tuple[Callable[[], Any], ...], store: vq_checkpoint.Store | None):
     key = job.key("") if store is not None else ""
     if store is not None and (before := store.load("", key)) is not None:
         job.skip("")
         return {"model": before}
     blocks = list(job.blocks)
-    calls = record_calls(
-        job.model, [""], lambda: run(job.model), calls=job.settings.calls, seed=job.seed_of("calls")
-    )[""]
+    recorded = record_calls(job.model, [""], runs, calls=job.settings.calls, seed=job.seed_of("calls"))
     outputs = functools.partial(_call_model, job.model, blocks)
     with torch.no_grad():
-        calls = [Call(call.args, call.kwargs, outputs({}, call)) for call in calls]
+        calls = [Call(call.args, call.kwargs, outputs({}, call)) for call in recorded[""]]
     soft = {name: weight for block in blocks for name, weight in job.soft(block).items()}
     student, by_layer = _student(job, soft, job.model, "", outputs)
     report = calibrate(student, calls, job.settings, job.seed_of("order"), lambda: job.tell("model"))
@@ -636,7 +639,7 @@ def _on_device(tree: Any, module: nn.Module) -> Any:
 
 def _quant_layer(coded: vq_checkpoint.Coded, form: VQFormat, settings: Settings) -> QuantLayer:
     rows, columns = coded.indices.shape
-    codebook = torch.zeros(form.codewords, form.dim)
+    codebook = torch.zeros(CODEWORDS[form.dim], form.dim)  # no index names what is left zero
     codebook[: len(coded.codebook)] = coded.codebook
     weight = VQWeight(
         ops.pack_vq(coded.indices.to(torch.uint8), form.dim),

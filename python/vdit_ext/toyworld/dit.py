@@ -162,4 +162,6 @@ def load_dit(dtype: torch.dtype = torch.float32, folder: Path = WEIGHTS, name: s
     data = read_whole(Path(folder), name, card)
     net = build(card["config"])
     fill_parameters(net, load(data), f"{name}.safetensors")
-    return ToyDiT(net.to(dtype).requires_grad_(False))
+    for parameter in net.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return ToyDiT(net.requires_grad_(False))
