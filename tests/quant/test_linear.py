@@ -15,8 +15,8 @@ from torch import nn
 from vdit_ext import ops
 from vdit_ext.quant import (
     DualRotation,
-    Int8Weight,
     InputTransform,
+    Int8Weight,
     QuantLayer,
     QuantLinear,
     SharedRows,
@@ -156,7 +156,10 @@ def test_bytes_count_codes_scales_and_tables():
     ("change", "sentence"),
     [
         (lambda c, t: t.pop("scale"), "layer: the tensors tiles, scale, zero must be there, scale is missing"),
-        (lambda c, t: t.update(more=torch.ones(1)), "layer: the tensors must be tiles, scale, zero, got more too"),
+        (
+            lambda c, t: t.update(more=torch.ones(1)),
+            "layer: the tensors must be tiles, scale, zero, got more too",
+        ),
         (lambda c, t: t.update(scale=torch.ones(3)), r"layer: scale must be float32 \[40\], got float32 \[3\]"),
         (lambda c, t: t.update(tiles=t["tiles"].short()), "layer: tiles must be uint8 .* got int16"),
         (lambda c, t: c.update(format="int5"), "format must be one of int8, int4, .* got 'int5'"),
@@ -204,7 +207,9 @@ def test_gate_and_residual_are_added_in_the_epilogue():
 def test_compiles_into_one_graph(form):
     group = SharedRows(2)
     transform = transforms()["hadamard"]
-    layers = nn.ModuleList([QuantLinear(QuantLayer(weights()[form], None, transform, "g"), group) for _ in "ab"])
+    layers = nn.ModuleList(
+        [QuantLinear(QuantLayer(weights()[form], None, transform, "g"), group) for _ in "ab"]
+    )
 
     def both(x):
         return layers[0](x) + layers[1](x)

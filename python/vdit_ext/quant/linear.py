@@ -229,7 +229,7 @@ class QuantLinear(nn.Linear):
         epilogue = {"bias": self.bias, "gate": gate, "residual": residual, "out_dtype": x.dtype}
         epilogue |= self.epilogue or {}
         out = weight.multiply(rows, bits=self.bits, **epilogue)
-        return out if flat is x else out.unflatten(0, x.shape[:-1])
+        return out if flat is x else out.reshape(*x.shape[:-1], self.out_features)
 
     def rows(self, x: Tensor) -> QuantizedRows:
         """The quantized input, ``[M, C]`` or ``[B, S, C]``, shared with the layers of the group."""
