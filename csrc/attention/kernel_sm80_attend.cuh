@@ -2,7 +2,7 @@
 // the work.
 #pragma once
 #include "attention/kernel_sm80.cuh"
-#include "attention/launch_util.cuh"
+#include "common/launch_util.cuh"
 
 namespace vdit::sm80 {
 

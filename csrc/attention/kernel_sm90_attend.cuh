@@ -6,7 +6,7 @@
 
 #include "attention/kernel_sm90.cuh"
 #include "attention/launch_sm90.h"
-#include "attention/launch_util.cuh"
+#include "common/launch_util.cuh"
 #include "attention/tile.h"
 #include "attention/workspace_sm90.h"
 

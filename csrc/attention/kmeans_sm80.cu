@@ -1,7 +1,7 @@
 // Launchers of kernel_sm80_kmeans.cuh and kernel_sm80_sort.cuh.
 #include "attention/kernel_sm80_kmeans.cuh"
 #include "attention/kernel_sm80_sort.cuh"
-#include "attention/launch_util.cuh"
+#include "common/launch_util.cuh"
 
 namespace vdit {
 namespace {

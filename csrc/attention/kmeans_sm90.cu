@@ -1,7 +1,7 @@
 // Launcher of kernel_sm90_kmeans.cuh.
 #include "attention/kernel_sm90_kmeans.cuh"
 #include "attention/launch_sm90.h"
-#include "attention/launch_util.cuh"
+#include "common/launch_util.cuh"
 
 namespace vdit {
 namespace sm90 {

@@ -1,7 +1,7 @@
 // What the launchers of block_sparse_attention check for callers that come without torch, before anything
 // runs.
 #pragma once
-#include "attention/launch_util.cuh"
+#include "common/launch_util.cuh"
 #include "attention/tile.h"
 #include "vdit/attention.h"
 

@@ -1,7 +1,7 @@
 // Launchers of kernel_sm90_mass.cuh.
 #include "attention/kernel_sm90_mass.cuh"
 #include "attention/launch_sm90.h"
-#include "attention/launch_util.cuh"
+#include "common/launch_util.cuh"
 
 namespace vdit {
 namespace {

@@ -1,7 +1,7 @@
 // Launcher of kernel_sm80_rope.cuh: element type, form of the pairs, and 16-byte vectors wherever addresses
 // allow.
 #include "attention/kernel_sm80_rope.cuh"
-#include "attention/launch_util.cuh"
+#include "common/launch_util.cuh"
 
 namespace vdit {
 namespace {

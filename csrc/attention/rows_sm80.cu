@@ -1,6 +1,6 @@
 // Launchers of kernel_sm80_rows.cuh: which element type, and 16-byte vectors wherever addresses allow.
 #include "attention/kernel_sm80_rows.cuh"
-#include "attention/launch_util.cuh"
+#include "common/launch_util.cuh"
 
 namespace vdit {
 namespace {

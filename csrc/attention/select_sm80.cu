@@ -1,6 +1,6 @@
 // Launchers of kernel_sm80_select.cuh.
 #include "attention/kernel_sm80_select.cuh"
-#include "attention/launch_util.cuh"
+#include "common/launch_util.cuh"
 
 namespace vdit {
 namespace {

@@ -533,6 +533,34 @@ VDIT_DEVICE int popcount(uint32_t v) {
 #endif
 }
 
+// PRMT: byte i of the result is byte (nibble i of `selector`) of the eight bytes lo, hi. Bit 3 of a nibble asks
+// for that byte's sign in all eight bits instead.
+VDIT_DEVICE uint32_t byte_perm(uint32_t lo, uint32_t hi, uint32_t selector) {
+#if defined(VDIT_EMU)
+  uint64_t const bytes = static_cast<uint64_t>(hi) << 32 | lo;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    uint32_t const nibble = selector >> (4 * i) & 15u;
+    uint32_t const byte = static_cast<uint32_t>(bytes >> (8 * (nibble & 7u))) & 255u;
+    result |= (nibble < 8u ? byte : (byte >> 7) * 255u) << (8 * i);
+  }
+  return result;
+#else
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(lo), "r"(hi), "r"(selector));
+  return result;
+#endif
+}
+
+// The nearest integer, a half to even. |x| below 2^31 is asked for.
+VDIT_DEVICE int32_t round_to_int(float x) {
+#if defined(VDIT_EMU)
+  return static_cast<int32_t>(std::nearbyint(x));
+#else
+  return __float2int_rn(x);
+#endif
+}
+
 // Two floats as T (half_t or bfloat16_t, rounded to nearest even), `lo` in the low half.
 template <class T>
 VDIT_DEVICE uint32_t pack2(float lo, float hi) {

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "attention/launch_util.cuh"
+#include "common/launch_util.cuh"
 #include "attention/workspace_sm90.h"
 
 namespace {

@@ -1,4 +1,4 @@
-// What the family's launchers share.
+// What the launchers of every family share.
 #pragma once
 #include <cstdint>
 #include <initializer_list>
@@ -7,6 +7,7 @@
 
 #include "common/launch.h"
 #include "cute/numeric/numeric_types.hpp"
+#include "vdit/epilogue.h"
 #include "vdit/types.h"
 
 namespace vdit {
@@ -25,6 +26,14 @@ inline bool all_multiples(int64_t bytes, std::initializer_list<void const*> poin
     if (n * unit % bytes != 0) return false;
   }
   return true;
+}
+
+// Whether eight neighbouring columns of all that an epilogue touches can be moved 16 bytes at a time.
+inline bool epilogue_is_wide(LinearEpilogue const& e, int64_t n) {
+  auto const bytes = [](DType dtype) -> int64_t { return dtype == DType::kFloat32 ? 4 : 2; };
+  if (n % 8 != 0 || !all_multiples(16, {e.out, e.weight_scale, e.weight_zero, e.bias}, 1, {})) return false;
+  return all_multiples(16, {e.gate}, bytes(e.gate_dtype), {e.stride_gate.b, e.stride_gate.h}) &&
+         all_multiples(16, {e.residual}, bytes(e.out_dtype), {e.stride_residual.b, e.stride_residual.h});
 }
 
 // Calls f(T{}) with the C++ type of a DType.
