@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 
+import bench_linear
 import pytest
+import run as bench_run
 import torch
-
-import bench_linear  # noqa: E402
-import run as bench_run  # noqa: E402
 
 TINY = ["linear", "--device", "cpu", "--shapes", "20x96x40", "--seconds", "0.05", "--min-rounds", "2"]
 TINY += ["--max-rounds", "3"]
