@@ -263,9 +263,9 @@ def tables_of(rows: list[dict]) -> list[dict]:
     cells = [figure_cells(row, timed) for row in whole]
     note = (
         "Speeds of quantization and product together: bf16 in, bf16 out. The 8-bit products (`_int_mm`, "
-        "`_scaled_mm` and vLLM's, as far as they ran) begin with numbers of 8 bits and have no part in making them. "
-        "`/ W8A8` is a time in units of W8A8's; `quantization` is its share of the whole. In parentheses: what it "
-        "must be."
+        "`_scaled_mm` and vLLM's, as far as they ran) begin with numbers of 8 bits and have no part in making "
+        "them. `/ W8A8` is a time in units of W8A8's; `quantization` is its share of the whole. In brackets: "
+        "what it must be."
     )
     return [{"title": "Figures", "note": note, "head": head, "cells": cells, "last": ""}]
 
