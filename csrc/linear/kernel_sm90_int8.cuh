@@ -115,18 +115,21 @@ struct Int8LinearKernel {
     }
   }
 
+  // NOTE: each row reads its columns' scales again (from L1): with 192 sums a thread there are no registers to keep
+  // them in.
   VDIT_DEVICE static void store(Params const& a, int64_t token0, int64_t output0, Sums const& sums) {
     CUTE_UNROLL
     for (int j = 0; j < kOutputs / 32; ++j) {
       int64_t const n0 = output0 + j * 32 + lane_idx() % 4 * 8;
       int const count = static_cast<int>(clamp_to(a.n - n0, int64_t{0}, int64_t{8}));
-      EpilogueColumns const columns(a.epilogue, n0, count, a.wide);
       CUTE_UNROLL
       for (int i = 0; i < kParts * 2; ++i) {
         int32_t row[8];
         gather_columns(&sums[i / 2][j * 16], i % 2, row);
         int64_t const token = token0 + i * 8 + i / 2 * 48;
-        if (token < a.m && count > 0) store_outputs(a.epilogue, columns, token, a.n, n0, count, a.wide, row);
+        if (token >= a.m || count <= 0) continue;
+        EpilogueColumns const columns(a.epilogue, n0, count, a.wide);
+        store_outputs(a.epilogue, columns, token, a.n, n0, count, a.wide, row);
       }
     }
   }
