@@ -1,26 +1,15 @@
 // What every backend of the family checks before it fills a launch struct.
 #pragma once
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 
-#include "common/torch_stable.h"
 #include "attention/params.h"
+#include "common/op_checks.h"
 
 namespace vdit {
 
 struct Shape4 {
   int64_t b, h, s, d;
 };
-
-inline bool is_float(ScalarType type) {
-  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
-}
-
-inline void check_same_device(char const* op, char const* name, Tensor const& t, Tensor const& q) {
-  VDIT_CHECK(t.device() == q.device(), op, name, " must be on ", device_name(q), " like the first argument, got ",
-             device_name(t), "; move it there");
-}
 
 // A [b, h, s, d] tensor of fp32, fp16 or bf16 whose rows are contiguous.
 inline Shape4 check_rows(char const* op, char const* name, Tensor const& t, bool any_dtype = false) {
@@ -30,11 +19,6 @@ inline Shape4 check_rows(char const* op, char const* name, Tensor const& t, bool
   VDIT_CHECK(t.size(3) <= 1 || t.stride(3) == 1 || t.numel() == 0, op, name,
              " must have a contiguous last dimension, got stride ", t.stride(3), "; call .contiguous() on it");
   return {t.size(0), t.size(1), t.size(2), t.size(3)};
-}
-
-inline void check_dtype(char const* op, char const* name, Tensor const& t, ScalarType expected) {
-  VDIT_CHECK(t.scalar_type() == expected, op, name, " must be ", dtype_name(expected), ", got ",
-             dtype_name(t.scalar_type()));
 }
 
 // dims of a tensor that broadcasts over batch and heads: [b|1, h|1, rest...], int32, last dim contiguous.
@@ -49,8 +33,6 @@ inline void check_list(char const* op, char const* name, Tensor const& t, Tensor
              " must have a contiguous last dimension, got stride ", t.stride(dims - 1));
 }
 
-// A dimension of one entry is never stepped over: its stride may be anything, and is dropped.
-inline int64_t stride_of(Tensor const& t, int64_t dim) { return t.size(dim) <= 1 ? 0 : t.stride(dim); }
 inline Strides3 strides3(Tensor const& t) { return {stride_of(t, 0), stride_of(t, 1), stride_of(t, 2)}; }
 
 // Strides of dimensions 0 and 1, 0 where the dimension broadcasts.
@@ -60,21 +42,6 @@ inline Strides2 broadcast2(Tensor const& t) {
 inline Strides3 broadcast3(Tensor const& t) {
   Strides2 const two = broadcast2(t);
   return {two.b, two.h, t.stride(2)};
-}
-
-// Reading lists back from a GPU waits for it, so there their contents are checked only on request.
-inline bool plans_are_checked_on_gpu() {
-  static bool const on = [] {
-    char const* value = std::getenv("VDIT_CHECK_PLANS");
-    return value != nullptr && std::strcmp(value, "0") != 0;
-  }();
-  return on;
-}
-
-inline Tensor to_cpu(Tensor const& t) {
-  if (t.is_cpu()) return t;
-  return torch::stable::to(t, std::nullopt, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                           std::nullopt, false, false, std::nullopt);
 }
 
 // offsets start at 0, never fall and end at `length`.

@@ -441,20 +441,6 @@ VDIT_DEVICE void mma_m16n8k32_s8(int32_t (&d)[4], uint32_t const (&a)[4], uint32
 #endif
 }
 
-// The same with unsigned b, 0 to 255.
-VDIT_DEVICE void mma_m16n8k32_s8u8(int32_t (&d)[4], uint32_t const (&a)[4], uint32_t const (&b)[2],
-                                   Site at = Site::here()) {
-#if defined(VDIT_EMU)
-  emu::mma_m16n8k32_s8u8(d, a, b, at);
-#else
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
-      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#endif
-}
-
 // ---- Arithmetic -----------------------------------------------------------------------------------------
 // The approximate forms differ from the emulator's in the last bits, and the GPU's flush subnormals to zero.
 
@@ -547,11 +533,11 @@ VDIT_DEVICE int popcount(uint32_t v) {
 #endif
 }
 
-// PRMT: byte i of the result is byte (nibble i of `selector`) of the eight bytes low, high. Bit 3 of a nibble asks
+// PRMT: byte i of the result is byte (nibble i of `selector`) of the eight bytes lo, hi. Bit 3 of a nibble asks
 // for that byte's sign in all eight bits instead.
-VDIT_DEVICE uint32_t byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+VDIT_DEVICE uint32_t byte_perm(uint32_t lo, uint32_t hi, uint32_t selector) {
 #if defined(VDIT_EMU)
-  uint64_t const bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint64_t const bytes = static_cast<uint64_t>(hi) << 32 | lo;
   uint32_t result = 0;
   for (int i = 0; i < 4; ++i) {
     uint32_t const nibble = selector >> (4 * i) & 15u;
@@ -561,7 +547,7 @@ VDIT_DEVICE uint32_t byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   return result;
 #else
   uint32_t result;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(lo), "r"(hi), "r"(selector));
   return result;
 #endif
 }

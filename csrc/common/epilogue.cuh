@@ -47,12 +47,10 @@ VDIT_DEVICE void store_raw_sums(int32_t* out, int count, bool wide, int32_t cons
 // epilogue_is_wide (launch_util.cuh) said, and then n0 is a multiple of 8.
 template <class Sum>
 VDIT_DEVICE void store_outputs(LinearEpilogue const& e, EpilogueColumns const& columns, int64_t m, int64_t n,
-                               int64_t n0, int count, bool wide, Sum (&sums)[8]) {
+                               int64_t n0, int count, bool wide, Sum const (&sums)[8]) {
   float const x_scale = e.x_scale == nullptr ? 1.f : e.x_scale[m];
   int32_t const x_sum = e.x_sum == nullptr ? 0 : e.x_sum[m];
   if constexpr (std::is_same<Sum, int32_t>::value) {
-    CUTE_UNROLL
-    for (int i = 0; i < 8; ++i) sums[i] += e.code_offset * x_sum;
     if (e.raw_sums) return store_raw_sums(static_cast<int32_t*>(e.out) + m * n + n0, count, wide, sums);
   }
   float y[8];

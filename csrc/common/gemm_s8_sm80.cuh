@@ -10,7 +10,6 @@
 //     struct Params { ... };                     // plain data
 //     static constexpr int kFixedBytes;          // shared memory of its own for the whole loop, or 0
 //     static constexpr int kStageBytes;          // shared memory a stage: kBlockN columns, kBlockK deep
-//     static constexpr bool kUnsigned;           // codes 0 to 255 instead of -128 to 127
 //     Source(Params const&, int64_t n0, char* fixed);    // all threads; n0 is the block's first column. What it
 //                                                        // stores to `fixed` is seen by fragments() after a barrier
 //     void fetch(char* stage, int64_t block) const;      // all threads: cp.async of k from block * kBlockK on, and
@@ -89,6 +88,42 @@ struct BytePanels {
   }
 };
 
+// Weights stored as tiles of 32 columns and kDeep k, [n / 32, k / kDeep, kBytes], both counts rounded up: how a weight
+// source fetches them and where it finds them in a stage.
+template <class Tile, int kDeep, int kBytes>
+struct PackedTiles {
+  static constexpr int kTilesN = Tile::kBlockN / 32, kTilesK = Tile::kBlockK / kDeep;
+  static constexpr int kRowPieces = kTilesK * kBytes / 16, kPieces = kTilesN * kRowPieces;
+  static constexpr int kStageBytes = kPieces * 16;
+
+  char const* first;  // the block's first tile
+  int64_t tiles_k;
+  int tiles_n;  // of the block that exist
+
+  VDIT_DEVICE PackedTiles(void const* tiles, int64_t n, int64_t k, int64_t n0) : tiles_k((k + kDeep - 1) / kDeep) {
+    int64_t const left = (n + 31) / 32 - n0 / 32;
+    tiles_n = static_cast<int>(left < kTilesN ? left : kTilesN);
+    first = static_cast<char const*>(tiles) + n0 / 32 * tiles_k * kBytes;
+  }
+
+  VDIT_DEVICE void fetch(char* stage, int64_t block) const {
+    CUTE_UNROLL
+    for (int i = 0; i < kPieces; i += Tile::kThreads) {
+      int const piece = i + thread_idx(), row = piece / kRowPieces, in_row = piece % kRowPieces;
+      if (kPieces % Tile::kThreads != 0 && piece >= kPieces) break;
+      int64_t const tile_k = block * kTilesK + in_row / (kBytes / 16);
+      char const* source = first + (row * tiles_k + block * kTilesK) * kBytes + in_row * 16;
+      cp_async_16(stage + piece * 16, source, row < tiles_n && tile_k < tiles_k);
+    }
+  }
+
+  // The tile that holds column warp_n() + 32 group and the k of `step`.
+  VDIT_DEVICE static char const* tile(char const* stage, int group, int step) {
+    int const row = Tile::warp_n() / 32 + group;
+    return stage + (row * kTilesK + Tile::k_in_block(step) / kDeep) * kBytes;
+  }
+};
+
 // The rows of x that a block multiplies: k is a multiple of 16, rows start at multiples of 16 bytes.
 struct GemmRows {
   int8_t const* x;  // [m, k]
@@ -160,11 +195,7 @@ struct GemmS8Sm80 {
         }
         CUTE_UNROLL
         for (int j = 0; j < Tile::kMmaN; ++j) {
-          if constexpr (Source::kUnsigned) {
-            mma_m16n8k32_s8u8(sums[i][j], a[turn % 2], b[step][j]);
-          } else {
-            mma_m16n8k32_s8(sums[i][j], a[turn % 2], b[step][j]);
-          }
+          mma_m16n8k32_s8(sums[i][j], a[turn % 2], b[step][j]);
         }
       }
     }

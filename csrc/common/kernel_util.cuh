@@ -100,12 +100,14 @@ VDIT_DEVICE void quad_transpose(T (&v)[4]) {
   CUTE_UNROLL
   for (int i = 0; i < 4; i += 2) {
     T const received = shfl_xor(odd ? v[i] : v[i + 1], 1);
-    (odd ? v[i] : v[i + 1]) = received;
+    v[i] = odd ? received : v[i];
+    v[i + 1] = odd ? v[i + 1] : received;
   }
   CUTE_UNROLL
   for (int i = 0; i < 2; ++i) {
     T const received = shfl_xor(upper ? v[i] : v[i + 2], 2);
-    (upper ? v[i] : v[i + 2]) = received;
+    v[i] = upper ? received : v[i];
+    v[i + 2] = upper ? v[i + 2] : received;
   }
 }
 

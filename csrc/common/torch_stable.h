@@ -19,6 +19,7 @@
 #define VDIT_OP_NAMESPACE vdit
 #endif
 #define VDIT_LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
+#define VDIT_LIBRARY_FRAGMENT(ns, m) STABLE_TORCH_LIBRARY_FRAGMENT(ns, m)  // every family but the first
 #define VDIT_LIBRARY_IMPL(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
 
 namespace vdit {

@@ -133,7 +133,6 @@ struct MmaOperand {
 void multiply_m16n8k16_f16(void* const* operands, int count);
 void multiply_m16n8k16_bf16(void* const* operands, int count);
 void multiply_m16n8k32_s8(void* const* operands, int count);
-void multiply_m16n8k32_s8u8(void* const* operands, int count);
 
 inline void mma_m16n8k16_f16(float* d, uint32_t const* a, uint32_t const* b, Site at) {
   MmaOperand mine{d, a, b};
@@ -148,11 +147,6 @@ inline void mma_m16n8k16_bf16(float* d, uint32_t const* a, uint32_t const* b, Si
 inline void mma_m16n8k32_s8(int32_t* d, uint32_t const* a, uint32_t const* b, Site at) {
   MmaOperand mine{d, a, b};
   meet_warp("mma_m16n8k32_s8", at, &mine, multiply_m16n8k32_s8);
-}
-
-inline void mma_m16n8k32_s8u8(int32_t* d, uint32_t const* a, uint32_t const* b, Site at) {
-  MmaOperand mine{d, a, b};
-  meet_warp("mma_m16n8k32_s8u8", at, &mine, multiply_m16n8k32_s8u8);
 }
 
 }  // namespace vdit::emu

@@ -46,10 +46,14 @@ void multiply_m16n8k16(void* const* operands) {
   }
 }
 
-// Thirty-two products of bytes are at most 2^20, so fp32 adds them exactly, and faster than integers where the
+}  // namespace
+
+void multiply_m16n8k16_f16(void* const* operands, int) { multiply_m16n8k16<f16_to_float>(operands); }
+void multiply_m16n8k16_bf16(void* const* operands, int) { multiply_m16n8k16<bf16_to_float>(operands); }
+
+// Thirty-two products of int8 are at most 2^19, so fp32 adds them exactly, and faster than integers where the
 // compiler may assume no more than SSE2. Only the accumulator wraps, as the hardware's does.
-template <float (*kByteOfB)(uint32_t, int)>
-void multiply_m16n8k32(void* const* operands) {
+void multiply_m16n8k32_s8(void* const* operands, int) {
   float a[16][32];
   Row<float> b[32], sum[16];
   for (int lane = 0; lane < 32; ++lane) {
@@ -57,7 +61,7 @@ void multiply_m16n8k32(void* const* operands) {
     int const g = lane / 4, t = lane % 4;
     for (int byte = 0; byte < 4; ++byte) {
       for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][t * 4 + byte + i / 2 * 16] = byte_of(mine->a[i], byte);
-      for (int i = 0; i < 2; ++i) b[t * 4 + byte + i * 16][g] = kByteOfB(mine->b[i], byte);
+      for (int i = 0; i < 2; ++i) b[t * 4 + byte + i * 16][g] = byte_of(mine->b[i], byte);
     }
   }
   for (int m = 0; m < 16; ++m) {
@@ -72,13 +76,5 @@ void multiply_m16n8k32(void* const* operands) {
     }
   }
 }
-
-}  // namespace
-
-void multiply_m16n8k16_f16(void* const* operands, int) { multiply_m16n8k16<f16_to_float>(operands); }
-void multiply_m16n8k16_bf16(void* const* operands, int) { multiply_m16n8k16<bf16_to_float>(operands); }
-
-void multiply_m16n8k32_s8(void* const* operands, int) { multiply_m16n8k32<byte_of>(operands); }
-void multiply_m16n8k32_s8u8(void* const* operands, int) { multiply_m16n8k32<unsigned_byte_of>(operands); }
 
 }  // namespace vdit::emu

@@ -27,6 +27,5 @@ inline float f16_to_float(uint32_t half) {
 
 // Byte `i` of four int8 values.
 inline float byte_of(uint32_t four, int i) { return static_cast<int8_t>(four >> (8 * i)); }
-inline float unsigned_byte_of(uint32_t four, int i) { return static_cast<uint8_t>(four >> (8 * i)); }
 
 }  // namespace vdit::emu

@@ -13,14 +13,14 @@ inline void define_linear_schemas(torch::stable::detail::StableLibrary& m) {
   m.def(
       "w8a8_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, *, Tensor? x_sum=None, "
       "Tensor? weight_zero=None, Tensor? bias=None, Tensor? gate=None, Tensor? residual=None, "
-      "ScalarType out_dtype=bfloat16) -> Tensor");
+      "ScalarType? out_dtype=None) -> Tensor");
   m.def(
       "w4a8_linear(Tensor x, Tensor x_scale, Tensor x_sum, Tensor weight, Tensor weight_scale, Tensor weight_zero, "
       "*, Tensor? weight_low=None, Tensor? bias=None, Tensor? gate=None, Tensor? residual=None, "
-      "ScalarType out_dtype=bfloat16, str path=\"auto\") -> Tensor");
+      "ScalarType? out_dtype=None, str path=\"auto\") -> Tensor");
   m.def(
       "log4a8_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor table, Tensor weight_scale, *, "
-      "Tensor? bias=None, Tensor? gate=None, Tensor? residual=None, ScalarType out_dtype=bfloat16, "
+      "Tensor? bias=None, Tensor? gate=None, Tensor? residual=None, ScalarType? out_dtype=None, "
       "str path=\"auto\") -> Tensor");
   m.def("expand_w4(Tensor weight, int out_features, int in_features, *, Tensor? weight_low=None) -> Tensor");
   m.def("expand_log4(Tensor weight, Tensor table, int in_features) -> Tensor");

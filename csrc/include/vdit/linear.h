@@ -49,7 +49,7 @@ enum class WeightFormat : int32_t {
   // Codes 0 to 15. 32 x 32 tiles (n, k) of 512 bytes: lane l = 0..31 owns bytes 16 l to 16 l + 15; byte j holds
   // k = 16 (j / 8) + 4 (l % 4) + j % 4 and, in its low nibble, n = 8 (j / 4 % 2) + l / 4, in its high nibble n + 16.
   kInt4 = 1,
-  // Two planes in the layout of kInt4: code = 16 high + low, 0 to 255.
+  // Two planes in the layout of kInt4: code = 16 high + low - 128, -128 to 127.
   kNibblePlanes = 2,
   // Codes 0 to 15 (bit 3 is the sign) or 0 to 7 that index a row of `table`. 32 x 32 tiles of 512 bytes: lane l owns
   // bytes 16 l to 16 l + 15 as eight little-endian 16-bit words; word h = k_half + 2 n_sub holds four codes, code t in
@@ -71,8 +71,8 @@ struct LinearParams {
   LinearEpilogue epilogue;
 };
 
-// Weight codes as int8 [n, k] with rows of stride_out bytes, zero from k on: what kInt8 takes. kInt4 gives the codes as
-// they are (0 to 15), kNibblePlanes code - 128, kTable the table's entries.
+// Weight codes as int8 [n, k] with rows of stride_out bytes, zero from k on: what kInt8 takes. kInt4 and
+// kNibblePlanes give the codes as they are, kTable the table's entries.
 struct ExpandWeightParams {
   void const* weight = nullptr;
   void const* weight_low = nullptr;

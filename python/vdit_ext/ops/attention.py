@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ._library import NAMESPACE
+from ._registration import register_no_backward, same_device
 
 _OPS = getattr(torch.ops, NAMESPACE)
 
@@ -39,55 +40,10 @@ OPS = (
 HEAD_DIMS_CUDA = (64, 96, 128)
 
 
-def _same_device(op: str, first: Tensor, **others: Tensor | None) -> None:
-    """What the kernels check, for the fakes: torch calls a fake when any tensor is on the meta device."""
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != first.device:
-            raise RuntimeError(
-                f"vdit::{op}: {name} must be on {first.device} like the first argument, got {tensor.device}; "
-                "move it there"
-            )
-
-
-def _register_no_backward(op: str) -> None:
-    """Let the backward pass of an op fail with a sentence.
-
-    Without an autograd kernel torch hands out results that ask for gradients, and gives none with a mere
-    warning. ``torch.library.register_autograd`` would do, but refuses ops with keyword-only tensors.
-    """
-    overload = getattr(_OPS, op).default
-
-    def call(keyset, args, kwargs):
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
-
-    class NoBackward(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, keyset, kwargs, *args):
-            return call(keyset, args, kwargs)
-
-        @staticmethod
-        def backward(ctx, *grads):
-            raise RuntimeError(
-                f"vdit::{op}: it has no backward yet; call it under torch.no_grad() or on detached tensors"
-            )
-
-    def kernel(keyset, *args, **kwargs):
-        # Keyword-only tensors of this family are int32 or bool: they never ask for gradients. The dispatcher
-        # passes the others by position, however the caller named them.
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return NoBackward.apply(keyset, kwargs, *args)
-        return call(keyset, args, kwargs)
-
-    _AUTOGRAD.impl(op, kernel, "Autograd", with_keyset=True)
-
-
-# Kept for the life of the process: kernels leave with their library object.
-_AUTOGRAD = torch.library.Library(NAMESPACE, "IMPL")
 # The results of kmeans_assign, topk_blocks and topp_blocks are integers, which cut the graph as argmax does.
 for _op in OPS:
     if _op != "label_sort":  # takes no floating tensor
-        _register_no_backward(_op)
+        register_no_backward(_op)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -185,7 +141,7 @@ def _(
     kv_block_size=128,
     scale=None,
 ):
-    _same_device(
+    same_device(
         "block_sparse_attention",
         q,
         k=k,
@@ -274,7 +230,7 @@ def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> t
 
 @torch.library.register_fake(f"{NAMESPACE}::merge_attention")
 def _(out1, lse1, out2, lse2):
-    _same_device("merge_attention", out1, lse1=lse1, out2=out2, lse2=lse2)
+    same_device("merge_attention", out1, lse1=lse1, out2=out2, lse2=lse2)
     return empty_like_query(out1), lse1.new_empty(lse1.shape)
 
 
@@ -313,7 +269,7 @@ def permute_rows(x: Tensor, index: Tensor) -> Tensor:
 
 @torch.library.register_fake(f"{NAMESPACE}::permute_rows")
 def _(x, index):
-    _same_device("permute_rows", x, index=index)
+    same_device("permute_rows", x, index=index)
     return x.new_empty(x.shape[0], x.shape[1], index.shape[2], x.shape[3])
 
 
@@ -343,7 +299,7 @@ def unpermute_rows(x: Tensor, index: Tensor) -> Tensor:
 
 @torch.library.register_fake(f"{NAMESPACE}::unpermute_rows")
 def _(x, index):
-    _same_device("unpermute_rows", x, index=index)
+    same_device("unpermute_rows", x, index=index)
     b, h, s, d = x.shape
     return x.new_empty(b, s, h, d).transpose(1, 2)
 
@@ -386,7 +342,7 @@ def num_blocks(offsets: Tensor | None, block_size: int, length: int) -> int:
 
 @torch.library.register_fake(f"{NAMESPACE}::mean_pool_blocks")
 def _(x, *, offsets=None, block_size=128):
-    _same_device("mean_pool_blocks", x, offsets=offsets)
+    same_device("mean_pool_blocks", x, offsets=offsets)
     b, h, s, d = x.shape
     return x.new_empty(b, h, num_blocks(offsets, block_size, s), d, dtype=torch.float32)
 
@@ -428,7 +384,7 @@ def kmeans_assign(x: Tensor, centroids: Tensor) -> Tensor:
 
 @torch.library.register_fake(f"{NAMESPACE}::kmeans_assign")
 def _(x, centroids):
-    _same_device("kmeans_assign", x, centroids=centroids)
+    same_device("kmeans_assign", x, centroids=centroids)
     return x.new_empty(x.shape[:3], dtype=torch.int32)
 
 
@@ -494,7 +450,7 @@ def segment_mean(x: Tensor, sorted_idx: Tensor, offsets: Tensor, fallback: Tenso
 
 @torch.library.register_fake(f"{NAMESPACE}::segment_mean")
 def _(x, sorted_idx, offsets, fallback):
-    _same_device("segment_mean", x, sorted_idx=sorted_idx, offsets=offsets, fallback=fallback)
+    same_device("segment_mean", x, sorted_idx=sorted_idx, offsets=offsets, fallback=fallback)
     return fallback.new_empty(fallback.shape)
 
 
@@ -619,7 +575,7 @@ def topp_blocks(
 
 @torch.library.register_fake(f"{NAMESPACE}::topp_blocks")
 def _(scores, p, *, weights=None, min_blocks=1):
-    _same_device("topp_blocks", scores, weights=weights)
+    same_device("topp_blocks", scores, weights=weights)
     return _fake_lists(scores)
 
 
@@ -725,7 +681,7 @@ def _(
     rope_start=0,
     eps=1e-6,
 ):
-    _same_device("rms_norm_rope", x, weight=weight, cos=cos, sin=sin, index=index)
+    same_device("rms_norm_rope", x, weight=weight, cos=cos, sin=sin, index=index)
     return empty_like_query(x)
 
 
@@ -822,7 +778,7 @@ def block_mass(
 
 @torch.library.register_fake(f"{NAMESPACE}::block_mass")
 def _(q, k, lse, *, kv_lengths=None, q_block_size=64, kv_block_size=64, scale=None):
-    _same_device("block_mass", q, k=k, lse=lse, kv_lengths=kv_lengths)
+    same_device("block_mass", q, k=k, lse=lse, kv_lengths=kv_lengths)
     nq, nkv = num_blocks(None, q_block_size, q.shape[2]), num_blocks(None, kv_block_size, k.shape[2])
     return q.new_empty(*q.shape[:2], nq, nkv, dtype=torch.float32)
 
@@ -904,7 +860,7 @@ def block_mass_topk(
 
 @torch.library.register_fake(f"{NAMESPACE}::block_mass_topk")
 def _(q, k, lse, k_max, *, forced=None, kv_lengths=None, q_block_size=64, kv_block_size=64, scale=None):
-    _same_device("block_mass_topk", q, k=k, lse=lse, forced=forced, kv_lengths=kv_lengths)
+    same_device("block_mass_topk", q, k=k, lse=lse, forced=forced, kv_lengths=kv_lengths)
     rows = (*q.shape[:2], num_blocks(None, q_block_size, q.shape[2]))
     return (
         q.new_empty(*rows, k_max, dtype=torch.int32),

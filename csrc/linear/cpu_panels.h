@@ -1,0 +1,177 @@
+// Weights of every format as panels of bytes (common/cpu/int8_gemm.h), and as rows of int8.
+#pragma once
+#include "common/cpu/int8_gemm.h"
+#include "linear/params.h"
+
+namespace vdit {
+namespace {
+
+constexpr int kTileCodes = 32, kTileBytes = 512;
+constexpr int kPanelPitch = kGemmColumns * 4;  // bytes from quad to quad of a panel
+
+typedef uint32_t Words __attribute__((vector_size(sizeof(Simd::Vec))));
+
+inline uint32_t load_word(void const* p) {
+  uint32_t word;
+  std::memcpy(&word, p, 4);
+  return word;
+}
+inline void store_word(void* p, uint32_t word) { std::memcpy(p, &word, 4); }
+
+// ---- int8 ----
+
+// kLanes rows, kLanes neighbouring words of each: words of one column become vectors of neighbouring rows.
+inline void transpose_words(uint8_t const* const (&row)[Simd::kLanes], int64_t k, uint8_t* panel) {
+  Simd::Vec words[Simd::kLanes];
+  for (int i = 0; i < Simd::kLanes; ++i) {
+    Simd::Vec const x = Simd::load(reinterpret_cast<float const*>(row[i] + k));
+    words[i] = (Simd::Vec)((Words)x ^ 0x80808080u);
+  }
+  Simd::transpose(words);
+  for (int i = 0; i < Simd::kLanes; ++i)
+    Simd::store(reinterpret_cast<float*>(panel + i * kPanelPitch), words[i]);
+}
+
+struct Int8Panel {
+  static constexpr int kOffset = 128;
+  int8_t const* weight;
+  int64_t stride, n, k;
+
+  void fill(uint8_t* panel, int64_t n0, int64_t k0, int depth) const {
+    constexpr int kStep = 4 * Simd::kLanes;
+    int const whole = static_cast<int>(k - k0 < depth ? k - k0 : depth) / kStep * kStep;
+    for (int column = 0; column < kGemmColumns; column += Simd::kLanes) {
+      uint8_t const* row[Simd::kLanes];
+      for (int i = 0; i < Simd::kLanes; ++i) {
+        int64_t const at = n0 + column + i < n ? n0 + column + i : n - 1;
+        row[i] = reinterpret_cast<uint8_t const*>(weight) + at * stride + k0;
+      }
+      uint8_t* const out = panel + column * 4;
+      for (int at = 0; at < whole; at += kStep) transpose_words(row, at, out + at / 4 * kPanelPitch);
+      for (int i = 0; i < Simd::kLanes; ++i) copy_rest(row[i], whole, k0, depth, out + i * 4);
+    }
+  }
+
+ private:
+  // A row's last words, byte by byte where the row ends in one.
+  void copy_rest(uint8_t const* row, int at, int64_t k0, int depth, uint8_t* out) const {
+    for (; at < depth; at += 4) {
+      uint32_t word = 0;
+      std::memcpy(&word, row + at, k - k0 - at < 4 ? static_cast<size_t>(k - k0 - at) : 4);
+      store_word(out + at / 4 * kPanelPitch, word ^ 0x80808080u);
+    }
+  }
+};
+
+// ---- tiles ----
+
+// A tile of 32 x 32 codes as eight quads (neighbours in k) of 32 columns: out[quad * pitch + 4 * column].
+// Past the last tile of n the one before is read: those columns go nowhere.
+struct Tiles {
+  int64_t n, k;
+
+  int64_t per_row() const { return (k + kTileCodes - 1) / kTileCodes; }
+  int64_t rows() const { return (n + kTileCodes - 1) / kTileCodes; }
+  int64_t offset(int64_t n0, int64_t k0) const {
+    int64_t const row = n0 / kTileCodes;
+    return ((row < rows() ? row : rows() - 1) * per_row() + k0 / kTileCodes) * kTileBytes;
+  }
+};
+
+// Calls widen(n, k, out) for the tiles of a panel; out is where the first column's word of the first quad
+// belongs.
+template <class Widen>
+inline void for_tiles(int64_t n0, int64_t k0, int depth, uint8_t* panel, Widen const& widen) {
+  for (int at = 0; at < depth; at += kTileCodes)
+    for (int column = 0; column < kGemmColumns; column += kTileCodes)
+      widen(n0 + column, k0 + at, panel + at / 4 * kPanelPitch + column * 4);
+}
+
+// Word `at` of a tile of 4-bit codes holds its row of eight, quad, half and sub-row (linear.h) as 16 row + 4
+// quad + 2 half + sub; the low nibbles are columns 8 sub + row, the high ones 16 more.
+inline void widen_nibbles(uint8_t const* tile, uint8_t* out, int64_t pitch) {
+  for (int row = 0; row < 8; ++row)
+    for (int quad = 0; quad < 8; ++quad)
+      for (int sub = 0; sub < 2; ++sub) {
+        uint32_t const word = load_word(tile + 4 * (16 * row + 4 * (quad % 4) + 2 * (quad / 4) + sub));
+        uint8_t* const to = out + quad * pitch + 4 * (8 * sub + row);
+        store_word(to, word & 0x0f0f0f0fu);
+        store_word(to + 64, word >> 4 & 0x0f0f0f0fu);
+      }
+}
+
+struct Int4Panel {
+  static constexpr int kOffset = 0;
+  uint8_t const* weight;
+  Tiles tiles;
+
+  void fill(uint8_t* panel, int64_t n0, int64_t k0, int depth) const {
+    for_tiles(n0, k0, depth, panel, [&](int64_t n, int64_t k, uint8_t* out) {
+      widen_nibbles(weight + tiles.offset(n, k), out, kPanelPitch);
+    });
+  }
+};
+
+struct NibblePlanesPanel {
+  static constexpr int kOffset = 0;
+  uint8_t const *high, *low;
+  Tiles tiles;
+
+  void fill(uint8_t* panel, int64_t n0, int64_t k0, int depth) const {
+    for_tiles(n0, k0, depth, panel, [&](int64_t n, int64_t k, uint8_t* out) {
+      int64_t const at = tiles.offset(n, k);
+      widen_planes(high + at, low + at, out, kPanelPitch);
+    });
+  }
+
+  static void widen_planes(uint8_t const* high, uint8_t const* low, uint8_t* out, int64_t pitch) {
+    uint8_t joined[2][kTileBytes];  // the codes of the low nibbles, then of the high ones
+    for (int i = 0; i < kTileBytes; ++i) {
+      joined[0][i] = static_cast<uint8_t>(high[i] << 4 | (low[i] & 15));
+      joined[1][i] = static_cast<uint8_t>((high[i] & 0xf0) | low[i] >> 4);
+    }
+    for (int row = 0; row < 8; ++row)
+      for (int quad = 0; quad < 8; ++quad)
+        for (int sub = 0; sub < 2; ++sub) {
+          int const from = 4 * (16 * row + 4 * (quad % 4) + 2 * (quad / 4) + sub);
+          uint8_t* const to = out + quad * pitch + 4 * (8 * sub + row);
+          store_word(to, load_word(joined[0] + from));
+          store_word(to + 64, load_word(joined[1] + from));
+        }
+  }
+};
+
+// Entries of a row's table, with 128 added. Three-bit codes leave bit 3 unread.
+struct TablePanel {
+  static constexpr int kOffset = 128;
+  uint8_t const* weight;
+  int8_t const* table;
+  int32_t table_size;
+  Tiles tiles;
+
+  void fill(uint8_t* panel, int64_t n0, int64_t k0, int depth) const {
+    for_tiles(n0, k0, depth, panel, [&](int64_t n, int64_t k, uint8_t* out) {
+      widen_tile(weight + tiles.offset(n, k), n, out, kPanelPitch);
+    });
+  }
+
+  void widen_tile(uint8_t const* tile, int64_t n, uint8_t* out, int64_t pitch) const {
+    for (int row = 0; row < kTileCodes; ++row) {
+      int64_t const at = n + row < tiles.n ? n + row : tiles.n - 1;
+      int8_t const* const entries = table + at * table_size;
+      for (int quad = 0; quad < 8; ++quad) {
+        int const lane = row % 8 * 4 + quad % 4, word = quad / 4 + row / 8 * 2;
+        uint8_t const* const codes = tile + 16 * lane + 2 * word;
+        uint32_t const four = codes[0] | static_cast<uint32_t>(codes[1]) << 8;
+        uint32_t bytes = 0;
+        for (int t = 0; t < 4; ++t)
+          bytes |= static_cast<uint32_t>(static_cast<uint8_t>(entries[four >> 4 * t & (table_size - 1)]))
+                   << 8 * t;
+        store_word(out + quad * pitch + 4 * row, bytes ^ 0x80808080u);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace vdit
