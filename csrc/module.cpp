@@ -4,6 +4,8 @@
 
 #include "attention/tile.h"
 #include "common/cpu/isa.h"
+#include "linear/path.h"
+#include "linear/tile.h"
 
 namespace py = pybind11;
 
@@ -69,6 +71,38 @@ py::dict attention_tile(int32_t head_dim, int64_t seqlen_q, int32_t q_block_size
   return describe_tile(tile, tile.block_m);
 }
 
+vdit::WeightFormat weight_format(std::string const& name) {
+  for (vdit::WeightFormat format : {vdit::WeightFormat::kInt8, vdit::WeightFormat::kInt4,
+                                    vdit::WeightFormat::kNibblePlanes, vdit::WeightFormat::kTable}) {
+    if (name == vdit::format_name(format)) return format;
+  }
+  throw std::runtime_error("vdit::linear_path: weight_format must be int8, int4, nibble planes or table, got '" + name +
+                           "'.");
+}
+
+py::dict linear_path(int64_t m, int64_t n, int64_t k, std::string const& format, int32_t table_size,
+                     std::string const& path, int compute_capability, int multiprocessors) {
+  vdit::LinearParams p;
+  p.m = m, p.n = n, p.k = k;
+  p.format = weight_format(format);
+  p.table_size = table_size;
+  vdit::LinearPath const chosen = vdit::linear_path(m, n, k, p.format, table_size,
+                                                    vdit::path_request(path, "linear_path"), compute_capability);
+  py::dict found;
+  found["path"] = chosen.expand ? "expand" : "fused";
+  found["expand_cost"] = chosen.expand_cost;
+  found["fused_cost"] = chosen.fused_cost;
+  found["scratch_bytes"] = chosen.expand ? chosen.scratch_bytes : 0;
+  found["text"] = chosen.to_string();
+  if (compute_capability != 90) {
+    if (chosen.expand) p.format = vdit::WeightFormat::kInt8;
+    vdit::LinearTile const tile =
+        vdit::linear_tile(vdit::pick_tile(p, multiprocessors), p.format != vdit::WeightFormat::kInt8);
+    found["tile"] = tile.to_string();
+  }
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -77,8 +111,8 @@ PYBIND11_MODULE(_C, m) {
         "What this build was made with: version, op_namespace, compiler, build_type, torch_headers, cuda "
         "(None when built without nvcc), cuda_archs, cutlass.");
   m.def("cpu_isa", &vdit::cpu_isa,
-        "Instruction set of the CPU kernels: portable, avx2, avx512 or avx512_bf16. Raises RuntimeError when "
-        "VDIT_CPU_ISA names one that is unknown or not supported here.");
+        "Instruction set of the CPU kernels: portable, avx2, avx512, avx512_vnni or avx512_bf16. Raises "
+        "RuntimeError when VDIT_CPU_ISA names one that is unknown or not supported here.");
   m.def(
       "attention_tile", &attention_tile, py::arg("head_dim"), py::arg("seqlen_q"), py::kw_only(),
       py::arg("q_block_size") = 128, py::arg("num_q_clusters") = 0, py::arg("compute_capability") = 80,
@@ -87,4 +121,13 @@ PYBIND11_MODULE(_C, m) {
       "step, stages, threads, smem_bytes, and text, all of it in words. compute_capability is that of the "
       "kernel: "
       "90, or 80 for any other. Raises RuntimeError for a head_dim other than 64, 96 or 128.");
+  m.def(
+      "linear_path", &linear_path, py::arg("m"), py::arg("n"), py::arg("k"), py::kw_only(),
+      py::arg("weight_format") = "int4", py::arg("table_size") = 16, py::arg("path") = "auto",
+      py::arg("compute_capability") = 80, py::arg("multiprocessors") = 108,
+      "How a product of m rows with a packed weight [n, k] runs on CUDA: path (\"fused\": codes are unpacked as "
+      "they are multiplied, or \"expand\": unpacked to int8 first), expand_cost and fused_cost (estimated time each "
+      "adds, as a fraction of the int8 product's), scratch_bytes, text, all of it in words, and for kernels of compute "
+      "capability 8.0 tile. weight_format is int8, int4, nibble planes or table (of table_size 16 or 8); "
+      "path is what the op was given. Raises RuntimeError for an unknown name.");
 }

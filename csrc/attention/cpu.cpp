@@ -4,17 +4,15 @@
 // The vector bodies are in cpu_body.h, compiled once per instruction set by cpu_<isa>.cpp.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "attention/cpu_kernels.h"
 #include "common/cpu/element.h"
 #include "common/cpu/isa.h"
 #include "common/cpu/parallel.h"
+#include "common/cpu/scratch.h"
 
 namespace vdit {
 namespace {
@@ -23,6 +21,7 @@ AttentionCpuKernels const& kernels() {
 #if VDIT_CPU_X86
   switch (cpu_isa_level()) {
     case CpuIsa::kAvx512Bf16: return kAttentionAvx512Bf16;
+    case CpuIsa::kAvx512Vnni:
     case CpuIsa::kAvx512: return kAttentionAvx512;
     case CpuIsa::kAvx2: return kAttentionAvx2;
     case CpuIsa::kPortable: break;
@@ -30,17 +29,6 @@ AttentionCpuKernels const& kernels() {
 #endif
   cpu_isa_level();  // so that a bad VDIT_CPU_ISA is reported everywhere
   return kAttentionPortable;
-}
-
-// Half a megabyte that a thread keeps between calls: a fresh one would cost its page faults every call.
-void* thread_scratch(size_t bytes) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<void, Free> scratch;
-  if (!scratch) scratch.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-  if (!scratch) throw std::bad_alloc();
-  return scratch.get();
 }
 
 // ---- attention ----

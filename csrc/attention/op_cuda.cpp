@@ -1,58 +1,24 @@
-// The attention family on CUDA: device guard, the current stream, workspaces.
-//
-// With VDIT_EMU the same file registers the emulated kernels for CPU tensors in a namespace of their own, so
-// that one test suite runs over both.
-#include <cstdlib>
-#include <cstring>
-
+// The attention family on CUDA: which kernels run, and their workspaces.
 #include "attention/op_impl.h"
-
+#include "common/op_cuda.h"
 #ifdef VDIT_EMU
 #include "attention/schema.h"
-#else
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #endif
 
 namespace vdit {
 namespace {  // the emulator has this file twice, with and without sm90
 
 struct CudaBackend {
-#ifdef VDIT_EMU
-  static constexpr bool kOnHost = true;
-  struct Scope {
-    explicit Scope(Tensor const&) {}
-    void* stream = nullptr;
-  };
-#else
-  static constexpr bool kOnHost = false;
-  struct Scope {
-    explicit Scope(Tensor const& t) : guard(t.get_device_index()) {
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-    }
-    torch::stable::accelerator::DeviceGuard guard;
-    void* stream = nullptr;
-  };
-#endif
+  using Scope = CudaScope;
+  static constexpr bool kOnHost = CudaScope::kOnHost;
   static constexpr bool kCuda = true;
 
-  // Freed after the launch; the caching allocator keeps the memory alive for work queued on this stream.
-  static Tensor workspace(Tensor const& like, int64_t bytes) {
-    std::vector<int64_t> const shape{bytes};
-    return torch::stable::new_empty(like, shape, ScalarType::Byte);
-  }
+  static Tensor workspace(Tensor const& like, int64_t bytes) { return cuda_workspace(like, bytes); }
 
 #ifdef VDIT_HAS_SM90  // the kernels for compute capability 9.0 are in this build
-  // NOTE: on a GPU only on request (VDIT_ATTENTION_KERNEL=sm90), until they have run on one.
   static bool use_sm90(Tensor const& t) {
-#ifdef VDIT_EMU
-    return true;
-#else
-    static bool const asked = [] {
-      char const* value = std::getenv("VDIT_ATTENTION_KERNEL");
-      return value != nullptr && std::strcmp(value, "sm90") == 0;
-    }();
-    return asked && compute_capability(t.get_device_index()) == 90;
-#endif
+    static bool const asked = is_sm90_asked("VDIT_ATTENTION_KERNEL");
+    return vdit::use_sm90(t, asked);
   }
 #endif
 

@@ -233,6 +233,15 @@ VDIT_DEVICE uint64_t cache_policy(CacheHint hint) {
 }  // namespace detail
 #endif
 
+// Brings the line of global memory that holds `p` to the L2 cache.
+VDIT_DEVICE void prefetch_l2(void const* p) {
+#if defined(VDIT_EMU)
+  (void)p;
+#else
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(p));
+#endif
+}
+
 // Loads the box at element (c0, c1, ...) of the tensor, c0 innermost. Elements outside come as zeros, and all
 // bytes of the box count on the barrier.
 VDIT_DEVICE void tma_load(void* smem, TensorMap const& map, Barrier* barrier, int c0, int c1,
@@ -389,8 +398,8 @@ VDIT_DEVICE void bulk_store_wait_read() {
 }
 
 // ---- wgmma: d [64, N] (+)= a [64, K] b [N, K]^T, by a whole warpgroup -----------------------------------
-// K is 32 bytes: 16 values of half_t or bfloat16_t (d is fp32), 32 of int8_t (d is int32). b comes from
-// shared memory, a from there or from registers.
+// K is 32 bytes: 16 values of half_t or bfloat16_t (d is fp32), 32 of int8_t (d is int32). uint8_t stands for an
+// unsigned a with a signed b. b comes from shared memory, a from there or from registers.
 //
 // Registers: warp w of the warpgroup and lane 4 * g + t hold rows 16 * w + g and 8 further on. d[i] is at row
 // 16 * w + g + i / 2 % 2 * 8, column i / 4 * 8 + t * 2 + i % 2. a is as in mma_m16n8k16.
@@ -453,6 +462,11 @@ struct WgmmaOp;
   struct WgmmaOp<int8_t, n, Major::kK> {                        \
     using SS = cute::SM90::GMMA::MMA_64x##n##x32_S32S8S8_SS_TN; \
     using RS = cute::SM90::GMMA::MMA_64x##n##x32_S32S8S8_RS_TN; \
+  };                                                            \
+  template <>                                                   \
+  struct WgmmaOp<uint8_t, n, Major::kK> {                       \
+    using SS = cute::SM90::GMMA::MMA_64x##n##x32_S32U8S8_SS_TN; \
+    using RS = cute::SM90::GMMA::MMA_64x##n##x32_S32U8S8_RS_TN; \
   };
 VDIT_WGMMA(16)
 VDIT_WGMMA(32)
@@ -494,17 +508,18 @@ VDIT_DEVICE void wgmma_rs(D (&d)[kSize], uint32_t const (&a)[4], uint64_t b, boo
 
 namespace detail {
 template <class T>
-using WgmmaSum = std::conditional_t<std::is_same<T, int8_t>::value, int32_t, float>;
+using WgmmaSum = std::conditional_t<sizeof(T) == 1, int32_t, float>;
 
 template <class T, int N, Major kMajorB>
-constexpr bool can_wgmma = is_one_of<T, cute::half_t, cute::bfloat16_t, int8_t> && N % 16 == 0 && N >= 16 &&
-                           N <= 256 && (kMajorB == Major::kK || !std::is_same<T, int8_t>::value);
+constexpr bool can_wgmma = is_one_of<T, cute::half_t, cute::bfloat16_t, int8_t, uint8_t> && N % 16 == 0 &&
+                           N >= 16 && N <= 256 && (kMajorB == Major::kK || sizeof(T) == 2);
 
 #if defined(VDIT_EMU)
 template <class T>
 constexpr emu::WgmmaType kWgmmaType = std::is_same<T, cute::half_t>::value       ? emu::WgmmaType::kF16
                                       : std::is_same<T, cute::bfloat16_t>::value ? emu::WgmmaType::kBF16
-                                                                                 : emu::WgmmaType::kS8;
+                                      : std::is_same<T, int8_t>::value           ? emu::WgmmaType::kS8
+                                                                                 : emu::WgmmaType::kU8S8;
 #endif
 }  // namespace detail
 
@@ -523,7 +538,7 @@ template <class T, int N, Major kMajorB = Major::kK>
 VDIT_DEVICE void wgmma_ss(detail::WgmmaSum<T> (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate,
                           Site at = Site::here()) {
   static_assert(detail::can_wgmma<T, N, kMajorB>,
-                "wgmma takes half_t, bfloat16_t and int8_t (kK only), N a multiple of 16 up to 256.");
+                "wgmma takes half_t, bfloat16_t, int8_t and uint8_t (kK only), N a multiple of 16 up to 256.");
 #if defined(VDIT_EMU)
   emu::wgmma({"wgmma_ss", detail::kWgmmaType<T>, N, kMajorB == Major::kMN, reinterpret_cast<uint32_t*>(d),
               nullptr, a, b, accumulate},
@@ -537,7 +552,7 @@ template <class T, int N, Major kMajorB = Major::kK>
 VDIT_DEVICE void wgmma_rs(detail::WgmmaSum<T> (&d)[N / 2], uint32_t const (&a)[4], uint64_t b,
                           bool accumulate, Site at = Site::here()) {
   static_assert(detail::can_wgmma<T, N, kMajorB>,
-                "wgmma takes half_t, bfloat16_t and int8_t (kK only), N a multiple of 16 up to 256.");
+                "wgmma takes half_t, bfloat16_t, int8_t and uint8_t (kK only), N a multiple of 16 up to 256.");
 #if defined(VDIT_EMU)
   emu::wgmma({"wgmma_rs", detail::kWgmmaType<T>, N, kMajorB == Major::kMN, reinterpret_cast<uint32_t*>(d), a,
               0, b, accumulate},

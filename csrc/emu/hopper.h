@@ -76,7 +76,9 @@ inline void stmatrix(char const* name, void* row, uint32_t const* r, int matrice
 
 // ---- wgmma ------------------------------------------------------------------------------------------------
 
-enum class WgmmaType { kF16, kBF16, kS8 };
+enum class WgmmaType { kF16, kBF16, kS8, kU8S8 };  // kU8S8: a is unsigned
+
+inline bool is_integer(WgmmaType type) { return type == WgmmaType::kS8 || type == WgmmaType::kU8S8; }
 
 // The address that a matrix descriptor names. NOTE: not zero for the first byte, as on the GPU, where the
 // system keeps the lowest kilobyte.

@@ -162,7 +162,7 @@ Accumulators& take_accumulators(Tensorgroup& group, void* const* operands, Wgmma
   Accumulators& d = group.accumulators.emplace_back();
   d.n = asked.n;
   auto const size = static_cast<size_t>(64 * asked.n);
-  if (asked.type == WgmmaType::kS8) {
+  if (is_integer(asked.type)) {
     d.ints.resize(size);
   } else {
     d.floats.resize(size);
@@ -199,19 +199,22 @@ void convert_halves(char const* bytes, float* to, int count) {
   }
 }
 
-// `count` values of `type` as fp32.
-void convert(WgmmaType type, char const* bytes, float* to, int count) {
+// `count` values of `type` as fp32; bytes are signed unless `unsigned_bytes`.
+void convert(WgmmaType type, bool unsigned_bytes, char const* bytes, float* to, int count) {
   if (type == WgmmaType::kF16) return convert_halves<f16_to_float>(bytes, to, count);
   if (type == WgmmaType::kBF16) return convert_halves<bf16_to_float>(bytes, to, count);
-  for (int i = 0; i < count; ++i) to[i] = static_cast<signed char>(bytes[i]);
+  for (int i = 0; i < count; ++i) {
+    to[i] = unsigned_bytes ? static_cast<float>(static_cast<unsigned char>(bytes[i]))
+                           : static_cast<float>(static_cast<signed char>(bytes[i]));
+  }
 }
 
 void multiply(Product const& product) {
   Wgmma const& asked = product.asked;
-  int const n = asked.n, k = asked.type == WgmmaType::kS8 ? 32 : 16;
+  int const n = asked.n, k = is_integer(asked.type) ? 32 : 16;
   float a[64 * 32], b[32 * 256], rows[256 * 32];
-  convert(asked.type, product.a.data(), a, 64 * k);
-  convert(asked.type, product.b.data(), asked.mn_major_b ? b : rows, n * k);
+  convert(asked.type, asked.type == WgmmaType::kU8S8, product.a.data(), a, 64 * k);
+  convert(asked.type, false, product.b.data(), asked.mn_major_b ? b : rows, n * k);
   if (!asked.mn_major_b) {
     for (int i = 0; i < k; ++i) {
       for (int j = 0; j < n; ++j) b[i * n + j] = rows[j * k + i];
@@ -222,8 +225,8 @@ void multiply(Product const& product) {
     std::fill(d.floats.begin(), d.floats.end(), 0.0f);
     std::fill(d.ints.begin(), d.ints.end(), 0u);
   }
-  if (asked.type != WgmmaType::kS8) return add_products(d.floats.data(), a, b, k, n);
-  // 32 products of int8 are at most 2^19: exact in fp32. Only the accumulator wraps.
+  if (!is_integer(asked.type)) return add_products(d.floats.data(), a, b, k, n);
+  // 32 products of bytes are at most 2^20: exact in fp32. Only the accumulator wraps.
   std::vector<float> sums(d.ints.size(), 0.0f);
   add_products(sums.data(), a, b, k, n);
   for (size_t i = 0; i < sums.size(); ++i) d.ints[i] += static_cast<uint32_t>(static_cast<int32_t>(sums[i]));

@@ -28,6 +28,9 @@ void check_linear(LinearParams const& p) {
     refuse(op, "on CUDA rows of x and the weight must start at multiples of 16 bytes, got a pointer or a stride that "
                "does not; align them.");
   }
+  if (p.m > 0x7fffffff || p.epilogue.rows_per_batch > 0x7fffffff) {
+    refuse(op, "on CUDA there must be fewer than 2^31 rows, got " + std::to_string(p.m) + ".");
+  }
   check_table(op, p.format, p.table_size, p.table);
 }
 

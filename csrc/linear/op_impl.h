@@ -121,7 +121,7 @@ struct LinearOps {
     return rows;
   }
 
-  // kNibblePlanes comes out of it as code - 128, which the epilogue makes good with the row sums.
+  // The same product with the weight's codes as int8, in scratch memory.
   static void run_expanded(Scope& scope, LinearParams p, Tensor const& like) {
     ExpandWeightParams e;
     e.weight = p.weight;
@@ -136,7 +136,6 @@ struct LinearOps {
     e.out = static_cast<int8_t*>(const_cast<void*>(wide.const_data_ptr()));
     e.stride_out = (p.k + 15) / 16 * 16;
     Backend::run(scope, e, like);
-    p.epilogue.code_offset = p.format == WeightFormat::kNibblePlanes ? 128 : 0;
     p.format = WeightFormat::kInt8;
     p.weight = e.out;
     p.stride_weight = e.stride_out;

@@ -1,18 +1,16 @@
-// Bodies of the vq family's CPU kernels, compiled once per instruction set: the unit that includes this file has
-// included one simd_*.h before. Everything is internal to the unit, and nothing of the standard library that leaves
-// an inline symbol is used (common/cpu/element.h says why).
+// Bodies of the vq family's CPU kernels, compiled once per instruction set: the unit that includes this file
+// has included one simd_*.h before. Everything is internal to the unit, and nothing of the standard library
+// that leaves an inline symbol is used (common/cpu/element.h says why).
 //
-// The product comes in two loops. For many rows, `multiply`: rows of x lie in the lanes of a vector and a codeword's
-// elements are broadcast, so a code is one load of its byte and one address, and no weight is ever written anywhere.
-// For few rows, `multiply_rows`: input channels lie in the lanes, a vector of weights is put together from the words
-// of its codes and then used for each row.
+// The product comes in two loops. For many rows, `multiply`: rows of x lie in the lanes of a vector and a
+// codeword's elements are broadcast, so a code is one load of its byte and one address, and no weight is ever
+// written anywhere. For few rows, `multiply_rows`: input channels lie in the lanes, a vector of weights is
+// put together from the words of its codes and then used for each row.
 #pragma once
 #include <cstring>
 
-#include "common/cpu/epilogue.h"
+#include "common/cpu/int8_gemm.h"
 #include "vq/cpu_kernels.h"
-
-#define VDIT_UNROLL _Pragma("GCC unroll 16")
 
 namespace vdit {
 namespace {
@@ -73,8 +71,8 @@ inline void insert(Vec (&best)[kCount], Ints (&index)[kCount], Vec x, Ints i) {
 
 // `codebook` has kDim floats a word, zeros past p.dim. Scores are v . c - |c|^2 / 2: the larger, the nearer.
 template <int kDim, int kCount>
-inline void assign_block(VqAssignParams const& p, float const* codebook, float const* half_norms, int64_t begin,
-                         int rows) {
+inline void assign_block(VqAssignParams const& p, float const* codebook, float const* half_norms,
+                         int64_t begin, int rows) {
   constexpr int kVecs = assign_vecs(kDim, kCount), kRows = kVecs * kLanes;
   alignas(64) float columns[kDim][kRows] = {};
   for (int r = 0; r < rows; ++r)
@@ -138,29 +136,34 @@ inline void assign(VqAssignParams const& p, float const* codebook, float const* 
 
 template <class T>
 inline void scale_words(T const* from, int count, float scale, T* to) {
-  for (int i = 0; i < count; i += kLanes) Simd::store(to + i, Simd::mul(Simd::load(from + i), Simd::set1(scale)));
+  for (int i = 0; i < count; i += kLanes)
+    Simd::store(to + i, Simd::mul(Simd::load(from + i), Simd::set1(scale)));
 }
 inline void scale_words(int8_t const*, int, float, int8_t*) {}  // has no scale
 
-// Output channel `row` into `out`: whole quads, then what is left of k.
+// The 64 channels of output `row` of a tile.
 template <VqFormat kFormat, class T>
-inline void copy_words(uint8_t const* tiles, T const* words, int row, int64_t k, T* out) {
-  for (int64_t quad = 0; 4 * quad < k; ++quad) {
-    int const q = static_cast<int>(quad % 16);
-    int const code = code_at<kFormat>(tiles + quad / 16 * kTileBytes<kFormat>, row % 8, row / 8, q / 8, q / 4 % 2, q % 4);
-    T four[4];
+inline void copy_tile(uint8_t const* tile, T const* words, int row, T* out) {
+  VDIT_UNROLL
+  for (int q = 0; q < 16; ++q) {
+    int const code = code_at<kFormat>(tile, row % 8, row / 8, q / 8, q / 4 % 2, q % 4);
     if constexpr (kFormat == VqFormat::k256x4) {
-      std::memcpy(four, words + 4 * code, sizeof four);
+      std::memcpy(out + 4 * q, words + 4 * code, 4 * sizeof(T));
     } else {
-      std::memcpy(four, words + 2 * (code & 63), sizeof four / 2);
-      std::memcpy(four + 2, words + 2 * (code >> 6), sizeof four / 2);
-    }
-    if (4 * quad + 4 <= k) {
-      std::memcpy(out + 4 * quad, four, sizeof four);
-    } else {
-      for (int i = 0; 4 * quad + i < k; ++i) out[4 * quad + i] = four[i];
+      std::memcpy(out + 4 * q, words + 2 * (code & 63), 2 * sizeof(T));
+      std::memcpy(out + 4 * q + 2, words + 2 * (code >> 6), 2 * sizeof(T));
     }
   }
+}
+
+template <VqFormat kFormat, class T>
+inline void copy_row(uint8_t const* tile, T const* words, int row, int64_t k, T* out) {
+  for (; k >= kVqTileIn; k -= kVqTileIn, tile += kTileBytes<kFormat>, out += kVqTileIn)
+    copy_tile<kFormat>(tile, words, row, out);
+  if (k == 0) return;
+  T last[kVqTileIn];
+  copy_tile<kFormat>(tile, words, row, last);
+  std::memcpy(out, last, k * sizeof(T));
 }
 
 template <VqFormat kFormat, class T>
@@ -175,7 +178,7 @@ void dequantize_tiles(VqDequantizeParams const& p, int64_t column) {
       words = scaled;
     }
     T* const out = static_cast<T*>(p.out) + (column + row) * p.stride_out;
-    copy_words<kFormat>(tiles, words, row, p.k, out);
+    copy_row<kFormat>(tiles, words, row, p.k, out);
     for (int64_t k = p.k; k < p.stride_out; ++k) out[k] = T{};
   }
 }
@@ -215,7 +218,8 @@ inline __m128 four_lanes(float const* words, int code) {
 
 // Weights of output 8 sub + group and kLanes inputs from 32 half + 16 middle + kLanes piece on.
 template <VqFormat kFormat>
-inline Vec weights_at(uint8_t const* tile, float const* words, int group, int sub, int half, int middle, int piece) {
+inline Vec weights_at(uint8_t const* tile, float const* words, int group, int sub, int half, int middle,
+                      int piece) {
   auto const code = [&](int part) { return code_at<kFormat>(tile, group, sub, half, middle, part); };
 #if defined(__AVX512F__)
   __m512 w = _mm512_castps128_ps512(four_lanes<kFormat>(words, code(0)));
@@ -232,59 +236,97 @@ inline Vec weights_at(uint8_t const* tile, float const* words, int group, int su
 #endif
 }
 
-// Tiles along k whose part of x is passed over once for each output: their rows of x stay in the nearest cache.
+// Tiles along k whose part of x is passed over once for each output: their rows of x stay in the nearest
+// cache.
 constexpr int kRowTiles = 8;
 
-// sums[o][r] += the products of output o with row r over `tiles` tiles, spread over the lanes.
+// Outputs whose sums are in registers at a time: they share loads of x, and their chains of additions
+// overlap.
+constexpr int outputs_of(int rows) { return kWide || rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+
+// sums[8 sub + group] += the products with rows of x over `tiles` tiles, spread over the lanes, for subs from
+// `sub` on.
 template <VqFormat kFormat, int kRows>
 inline void add_tiles(uint8_t const* tile, int tiles, float const* words, float const* x, int64_t pitch,
-                      Vec (&sums)[kVqTileOut][kRows]) {
-  for (int o = 0; o < kVqTileOut; ++o) {
-    Vec acc[kRows];
+                      int group, int sub, Vec (&sums)[kVqTileOut][kRows]) {
+  constexpr int kOutputs = outputs_of(kRows);
+  Vec acc[kOutputs][kRows];
+  VDIT_UNROLL
+  for (int o = 0; o < kOutputs; ++o) {
     VDIT_UNROLL
-    for (int r = 0; r < kRows; ++r) acc[r] = sums[o][r];
-    for (int t = 0; t < tiles; ++t) {
-      for (int step = 0; step < 4; ++step) {
-        for (int piece = 0; piece < 16 / kLanes; ++piece) {
-          Vec const w = weights_at<kFormat>(tile + t * kTileBytes<kFormat>, words, o % 8, o / 8, step / 2, step % 2, piece);
-          float const* const at = x + kVqTileIn * t + 16 * step + kLanes * piece;
+    for (int r = 0; r < kRows; ++r) acc[o][r] = sums[8 * (sub + o) + group][r];
+  }
+  for (int t = 0; t < tiles; ++t, tile += kTileBytes<kFormat>, x += kVqTileIn) {
+    VDIT_UNROLL
+    for (int step = 0; step < 4; ++step) {
+      VDIT_UNROLL
+      for (int piece = 0; piece < 16 / kLanes; ++piece) {
+        Vec w[kOutputs];
+        VDIT_UNROLL
+        for (int o = 0; o < kOutputs; ++o)
+          w[o] = weights_at<kFormat>(tile, words, group, sub + o, step / 2, step % 2, piece);
+        VDIT_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          Vec const row = Simd::load(x + r * pitch + 16 * step + kLanes * piece);
           VDIT_UNROLL
-          for (int r = 0; r < kRows; ++r) acc[r] = Simd::fma(w, Simd::load(at + r * pitch), acc[r]);
+          for (int o = 0; o < kOutputs; ++o) acc[o][r] = Simd::fma(w[o], row, acc[o][r]);
         }
       }
     }
+  }
+  VDIT_UNROLL
+  for (int o = 0; o < kOutputs; ++o) {
     VDIT_UNROLL
-    for (int r = 0; r < kRows; ++r) sums[o][r] = acc[r];
+    for (int r = 0; r < kRows; ++r) sums[8 * (sub + o) + group][r] = acc[o][r];
   }
 }
 
+// The sums of row r of all outputs: turned round, the lanes of kLanes sums are added at once.
+template <int kRows>
+inline void add_lanes(Vec const (&sums)[kVqTileOut][kRows], int r, float* whole) {
+  for (int o = 0; o < kVqTileOut; o += kLanes) {
+    Vec lanes[kLanes];
+    for (int i = 0; i < kLanes; ++i) lanes[i] = sums[o + i][r];
+    Simd::transpose(lanes);
+    for (int i = 1; i < kLanes; ++i) lanes[0] = Simd::add(lanes[0], lanes[i]);
+    Simd::store(whole + o, lanes[0]);
+  }
+}
+
+// Rows [row, row + rows), at most kRows of them: x has as many, what is too much is not stored.
 template <VqFormat kFormat, int kRows>
-void multiply_some(VqLinearParams const& p, float const* x, float const* words, int64_t row, int64_t column) {
+void multiply_some(VqLinearParams const& p, float const* x, float const* words, int64_t row, int rows,
+                   int64_t column) {
   int const tiles = static_cast<int>((p.k + kVqTileIn - 1) / kVqTileIn);
-  int64_t const pitch = static_cast<int64_t>(tiles) * kVqTileIn;
+  int64_t const pitch = vq_row_pitch(p.k);
   uint8_t const* const codes = tiles_of<kFormat>(p.codes, p.k, column);
   Vec sums[kVqTileOut][kRows] = {};
-  for (int t = 0; t < tiles; t += kRowTiles)
-    add_tiles<kFormat>(codes + t * kTileBytes<kFormat>, static_cast<int>(min64(kRowTiles, tiles - t)), words,
-                       x + row * pitch + t * kVqTileIn, pitch, sums);
-  for (int r = 0; r < kRows; ++r) {
-    float whole[kVqTileOut];
-    for (int o = 0; o < kVqTileOut; ++o) {
-      float lane[kLanes];
-      Simd::store(lane, sums[o][r]);
-      whole[o] = 0;
-      for (int i = 0; i < kLanes; ++i) whole[o] += lane[i];
-    }
+  for (int t = 0; t < tiles; t += kRowTiles) {
+    float const* const at = x + row * pitch + t * kVqTileIn;
+    for (int group = 0; group < 8; ++group)
+      for (int sub = 0; sub < 4; sub += outputs_of(kRows))
+        add_tiles<kFormat>(codes + t * kTileBytes<kFormat>, static_cast<int>(min64(kRowTiles, tiles - t)),
+                           words, at, pitch, group, sub, sums);
+  }
+  for (int r = 0; r < rows; ++r) {
+    alignas(64) float whole[kVqTileOut];
+    add_lanes(sums, r, whole);
     store_outputs(p.epilogue, p.n, row + r, column, static_cast<int>(min64(kVqTileOut, p.n - column)), whole);
   }
 }
 
 template <VqFormat kFormat>
 void multiply_rows_format(VqLinearParams const& p, float const* x, float const* words, int64_t column) {
-  int64_t row = 0;
-  for (; row + 4 <= p.m; row += 4) multiply_some<kFormat, 4>(p, x, words, row, column);
-  if (row + 2 <= p.m) multiply_some<kFormat, 2>(p, x, words, row, column), row += 2;
-  if (row < p.m) multiply_some<kFormat, 1>(p, x, words, row, column);
+  for (int64_t row = 0; row < p.m; row += kVqRowMultiple) {
+    int const rows = static_cast<int>(min64(kVqRowMultiple, p.m - row));
+    if (rows == 1) {
+      multiply_some<kFormat, 1>(p, x, words, row, rows, column);
+    } else if (rows == 2) {
+      multiply_some<kFormat, 2>(p, x, words, row, rows, column);
+    } else {
+      multiply_some<kFormat, kVqRowMultiple>(p, x, words, row, rows, column);
+    }
+  }
 }
 
 void multiply_rows(VqLinearParams const& p, float const* x, float const* words, int64_t column) {
@@ -297,13 +339,16 @@ void multiply_rows(VqLinearParams const& p, float const* x, float const* words, 
 // Vectors of rows side by side. With 32 registers 4 outputs by 6 vectors of sums, with 16 registers 4 by 3.
 constexpr int kBlockVecs = kWide ? 6 : 3, kBlockRows = kBlockVecs * kLanes;
 
-// Groups of four outputs that share a pass over x: where few vectors hold all rows, more sums at a time keep the
-// multipliers busy.
-constexpr int groups_of(int vecs) { return kWide ? (vecs == 1 ? 4 : vecs <= 3 ? 2 : 1) : (vecs == 1 ? 2 : 1); }
+// Groups of four outputs that share a pass over x: where few vectors hold all rows, more sums at a time keep
+// the multipliers busy.
+constexpr int groups_of(int vecs) {
+  return kWide ? (vecs == 1 ? 4 : vecs <= 3 ? 2 : 1) : (vecs == 1 ? 2 : 1);
+}
 
 struct alignas(64) Scratch {
-  float x[kVqBlockChannels * kBlockRows];   // [words along k, rows]; when all is summed [rows, columns] of results
-  float sums[kVqSumColumns * kBlockRows];   // [columns, rows]
+  float x[kVqBlockChannels *
+          kBlockRows];  // [words along k, rows]; when all is summed [rows, columns] of results
+  float sums[kVqSumColumns * kBlockRows];  // [columns, rows]
 };
 
 // The bf16 functions of Simd exist in one unit only; S makes their names depend on a template argument.
@@ -316,13 +361,14 @@ inline Vec multiply_add(Vec a, Vec b, Vec acc) {
   }
 }
 
-// A word of x is one fp32 value or, with kDot, two bf16 neighbours. kLanes words from channel k0 on, zeros past k.
+// A word of x is one fp32 value or, with kDot, two bf16 neighbours. kLanes words from channel k0 on, zeros
+// past k.
 template <bool kDot, class T>
 inline Vec load_words(T const* row, int64_t k0, int64_t k) {
   constexpr int kChannels = kDot ? 2 * kLanes : kLanes;
   T rest[kChannels] = {};
   if (k0 + kChannels > k) {
-    for (int i = 0; k0 + i < k; ++i) rest[i] = row[k0 + i];
+    for (int i = 0; i < kChannels && k0 + i < k; ++i) rest[i] = row[k0 + i];
     row = rest - k0;
   }
   if constexpr (kDot) {
@@ -341,8 +387,9 @@ void pack_rows(VqLinearParams const& p, VqItem const& item, int64_t k0, int word
       Vec r[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         int const row = v * kLanes + i;
-        r[i] = row < item.rows ? load_words<kDot>(base + (item.row + row) * p.stride_x, k0 + (kDot ? 2 : 1) * w, p.k)
-                               : Simd::set1(0.f);
+        r[i] = row < item.rows
+                   ? load_words<kDot>(base + (item.row + row) * p.stride_x, k0 + (kDot ? 2 : 1) * w, p.k)
+                   : Simd::set1(0.f);
       }
       Simd::transpose(r);
       for (int i = 0; i < kLanes; ++i) Simd::store(x + ((w + i) * vecs + v) * kLanes, r[i]);
@@ -358,41 +405,71 @@ inline void find_words(float const* words, int code, float const*& low, float co
   high = kFormat == VqFormat::k256x4 ? low + kHalf : words + kHalf * (code >> 6);
 }
 
+template <bool kDot, int kVecs>
+inline void add_word(Vec (&acc)[kVecs], Vec const (&row)[kVecs], float word) {
+  Vec const all = Simd::set1(word);
+  VDIT_UNROLL
+  for (int v = 0; v < kVecs; ++v) acc[v] = multiply_add<kDot>(row[v], all, acc[v]);
+}
+
 // sums[8 sub + group] += products over `quads` quads of channels, for kGroups groups from `group` on.
 template <bool kDot, VqFormat kFormat, int kVecs, int kGroups>
-inline void add_products(uint8_t const* tile, int quads, int group, float const* words, float const* x, float* sums) {
+inline void add_products(uint8_t const* tile, int quads, int group, float const* words, float const* x,
+                         float* sums) {
   constexpr int kPitch = kVecs * kLanes, kHalf = kDot ? 1 : 2;
+  // A quad's rows are loaded before its codes are read where both fit the registers.
+  constexpr bool kRowsFirst = kVecs * (4 * kGroups + 2 * kHalf) + 2 <= (kWide ? 32 : 16);
   Vec acc[kGroups][4][kVecs];
   VDIT_UNROLL
   for (int g = 0; g < kGroups; ++g) {
     VDIT_UNROLL
     for (int s = 0; s < 4; ++s) {
       VDIT_UNROLL
-      for (int v = 0; v < kVecs; ++v) acc[g][s][v] = Simd::load(sums + (8 * s + group + g) * kPitch + v * kLanes);
+      for (int v = 0; v < kVecs; ++v)
+        acc[g][s][v] = Simd::load(sums + (8 * s + group + g) * kPitch + v * kLanes);
     }
   }
   for (int q = 0; q < quads; ++q, x += 2 * kHalf * kPitch) {
     uint8_t const* const at = tile + q / 16 * kTileBytes<kFormat>;
-    float const *low[kGroups][4], *high[kGroups][4];
-    VDIT_UNROLL
-    for (int g = 0; g < kGroups; ++g) {
+    auto const find = [&](int g, int s, float const*& low, float const*& high) {
+      find_words<kDot, kFormat>(words, code_at<kFormat>(at, group + g, s, q / 8 % 2, q / 4 % 2, q % 4), low,
+                                high);
+    };
+    if constexpr (kRowsFirst) {
+      Vec rows[2 * kHalf][kVecs];
       VDIT_UNROLL
-      for (int s = 0; s < 4; ++s)
-        find_words<kDot, kFormat>(words, code_at<kFormat>(at, group + g, s, q / 8 % 2, q / 4 % 2, q % 4), low[g][s],
-                                  high[g][s]);
-    }
-    VDIT_UNROLL
-    for (int w = 0; w < 2 * kHalf; ++w) {
-      Vec row[kVecs];
-      VDIT_UNROLL
-      for (int v = 0; v < kVecs; ++v) row[v] = Simd::load(x + w * kPitch + v * kLanes);
+      for (int w = 0; w < 2 * kHalf; ++w) {
+        VDIT_UNROLL
+        for (int v = 0; v < kVecs; ++v) rows[w][v] = Simd::load(x + w * kPitch + v * kLanes);
+      }
       VDIT_UNROLL
       for (int g = 0; g < kGroups; ++g) {
         VDIT_UNROLL
         for (int s = 0; s < 4; ++s) {
-          Vec const word = Simd::set1(w < kHalf ? low[g][s][w] : high[g][s][w - kHalf]);
+          float const *low, *high;
+          find(g, s, low, high);
           VDIT_UNROLL
-          for (int v = 0; v < kVecs; ++v) acc[g][s][v] = multiply_add<kDot>(row[v], word, acc[g][s][v]);
+          for (int w = 0; w < 2 * kHalf; ++w)
+            add_word<kDot>(acc[g][s], rows[w], w < kHalf ? low[w] : high[w - kHalf]);
+        }
+      }
+    } else {
+      float const *low[kGroups][4], *high[kGroups][4];
+      VDIT_UNROLL
+      for (int g = 0; g < kGroups; ++g) {
+        VDIT_UNROLL
+        for (int s = 0; s < 4; ++s) find(g, s, low[g][s], high[g][s]);
+      }
+      VDIT_UNROLL
+      for (int w = 0; w < 2 * kHalf; ++w) {
+        Vec row[kVecs];
+        VDIT_UNROLL
+        for (int v = 0; v < kVecs; ++v) row[v] = Simd::load(x + w * kPitch + v * kLanes);
+        VDIT_UNROLL
+        for (int g = 0; g < kGroups; ++g) {
+          VDIT_UNROLL
+          for (int s = 0; s < 4; ++s)
+            add_word<kDot>(acc[g][s], row, w < kHalf ? low[g][s][w] : high[g][s][w - kHalf]);
         }
       }
     }
@@ -402,7 +479,8 @@ inline void add_products(uint8_t const* tile, int quads, int group, float const*
     VDIT_UNROLL
     for (int s = 0; s < 4; ++s) {
       VDIT_UNROLL
-      for (int v = 0; v < kVecs; ++v) Simd::store(sums + (8 * s + group + g) * kPitch + v * kLanes, acc[g][s][v]);
+      for (int v = 0; v < kVecs; ++v)
+        Simd::store(sums + (8 * s + group + g) * kPitch + v * kLanes, acc[g][s][v]);
     }
   }
 }
@@ -420,8 +498,8 @@ inline void add_block(VqLinearParams const& p, VqItem const& item, float const* 
 }
 
 template <bool kDot, VqFormat kFormat, int kVecs = 1>
-inline void add_block_of(int vecs, VqLinearParams const& p, VqItem const& item, float const* words, int64_t k0,
-                         int quads, Scratch& scratch) {
+inline void add_block_of(int vecs, VqLinearParams const& p, VqItem const& item, float const* words,
+                         int64_t k0, int quads, Scratch& scratch) {
   if (vecs == kVecs) return add_block<kDot, kFormat, kVecs>(p, item, words, k0, quads, scratch);
   if constexpr (kVecs < kBlockVecs)
     add_block_of<kDot, kFormat, kVecs + 1>(vecs, p, item, words, k0, quads, scratch);
@@ -439,14 +517,16 @@ void store_item(VqLinearParams const& p, VqItem const& item, int vecs, Scratch& 
       for (int i = 0; i < kLanes; ++i) Simd::store(turned + i * kVqSumColumns + column, r[i]);
     }
     for (int i = 0; i < kLanes && v * kLanes + i < item.rows; ++i)
-      store_outputs(p.epilogue, p.n, item.row + v * kLanes + i, item.column, columns, turned + i * kVqSumColumns);
+      store_outputs(p.epilogue, p.n, item.row + v * kLanes + i, item.column, columns,
+                    turned + i * kVqSumColumns);
   }
 }
 
 template <bool kDot, VqFormat kFormat, class T>
 void multiply_item(VqLinearParams const& p, float const* words, VqItem const& item, Scratch& scratch) {
   int const vecs = (item.rows + kLanes - 1) / kLanes;
-  for (int i = 0; i < item.columns * vecs * kLanes; i += kLanes) Simd::store(scratch.sums + i, Simd::set1(0.f));
+  for (int i = 0; i < item.columns * vecs * kLanes; i += kLanes)
+    Simd::store(scratch.sums + i, Simd::set1(0.f));
   for (int64_t k0 = 0; k0 < p.k; k0 += kVqBlockChannels) {
     // Whole vectors of words, zeros past k.
     int const quads = static_cast<int>((min64(kVqBlockChannels, p.k - k0) + 3) / 4);
@@ -470,6 +550,54 @@ void multiply(VqLinearParams const& p, float const* words, VqItem const& item, v
   multiply_format<VqFormat::k64x2>(p, words, item, space);
 }
 
+// ---- vq_linear, int8 ----
+
+// Words of the codebook, 128 added to each byte, as panels of the int8 product. A word of 64x2 is in the low
+// half.
+template <VqFormat kFormat>
+struct VqPanel {
+  static constexpr int kOffset = 128;
+  VqLinearParams const& p;
+  uint32_t const* words;
+
+  void fill(uint8_t* panel, int64_t n0, int64_t k0, int depth) const {
+    for (int64_t n = n0; n < n0 + kGemmColumns && n < p.n; n += kVqTileOut) {
+      uint8_t const* const tiles = tiles_of<kFormat>(p.codes, p.k, n) + k0 / kVqTileIn * kTileBytes<kFormat>;
+      for (int k = 0; k < depth; k += kVqTileIn)
+        fill_tile(tiles + k / kVqTileIn * kTileBytes<kFormat>, panel + k * kGemmColumns + 4 * (n - n0));
+    }
+  }
+
+ private:
+  void fill_tile(uint8_t const* tile, uint8_t* out) const {
+    for (int row = 0; row < kVqTileOut; ++row) {
+      VDIT_UNROLL
+      for (int q = 0; q < 16; ++q) {
+        int const code = code_at<kFormat>(tile, row % 8, row / 8, q / 8, q / 4 % 2, q % 4);
+        uint32_t const word =
+            kFormat == VqFormat::k256x4 ? words[code] : words[code & 63] | words[code >> 6] << 16;
+        std::memcpy(out + q * 4 * kGemmColumns + 4 * row, &word, 4);
+      }
+    }
+  }
+};
+
+void multiply_int8(VqLinearParams const& p, uint32_t const* words, GemmItem const& item,
+                   int32_t const* x_sums, void* scratch) {
+  GemmRows const x{static_cast<int8_t const*>(p.x), p.stride_x, p.k};
+  if (p.format == VqFormat::k256x4) {
+    int8_gemm(x, p.n, VqPanel<VqFormat::k256x4>{p, words}, p.epilogue, item, x_sums, scratch);
+  } else {
+    int8_gemm(x, p.n, VqPanel<VqFormat::k64x2>{p, words}, p.epilogue, item, x_sums, scratch);
+  }
+}
+
+void sum_vq_rows(VqLinearParams const& p, int64_t begin, int64_t end, int32_t* sums) {
+  sum_rows(GemmRows{static_cast<int8_t const*>(p.x), p.stride_x, p.k}, begin, end, sums);
+}
+
+// ---- what a unit is given ----
+
 template <class T>
 inline void widen_words(T const* from, int count, float* to) {
   for (int i = 0; i < count; i += kLanes) Simd::store(to + i, Simd::load(from + i));
@@ -484,9 +612,8 @@ void make_words(VqLinearParams const& p, bool pairs, float* words) {
   std::memcpy(words, p.codebook, count * 2);
 }
 
-// fp32 rows [m, pitch] of x, zeros past k.
-void widen_row(VqLinearParams const& p, int64_t row, int64_t pitch, float* out) {
-  for (int64_t k = 0; k < pitch; k += kLanes) {
+void widen_row(VqLinearParams const& p, int64_t row, float* out) {
+  for (int64_t k = 0; k < vq_row_pitch(p.k); k += kLanes) {
     Vec x;
     if (p.dtype == DType::kFloat32) {
       x = load_words<false>(static_cast<float const*>(p.x) + row * p.stride_x, k, p.k);
@@ -502,6 +629,7 @@ void widen_row(VqLinearParams const& p, int64_t row, int64_t pitch, float* out) 
 }  // namespace
 }  // namespace vdit
 
-#define VDIT_VQ_CPU_KERNELS                                                                             \
-  {vdit::Simd::kName,   vdit::kLanes,        vdit::kBlockRows, sizeof(vdit::Scratch), vdit::assign, \
-   vdit::dequantize,    vdit::multiply_rows, vdit::multiply,   vdit::make_words,      vdit::widen_row}
+#define VDIT_VQ_CPU_KERNELS                                                                  \
+  {vdit::Simd::kName, vdit::kBlockRows,    sizeof(vdit::Scratch), sizeof(vdit::GemmScratch), \
+   vdit::assign,      vdit::dequantize,    vdit::multiply_rows,   vdit::multiply,            \
+   vdit::sum_vq_rows, vdit::multiply_int8, vdit::make_words,      vdit::widen_row}

@@ -92,8 +92,10 @@ AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
         (AVX2 - {"fma"}, "portable"),
         (AVX2 - {"f16c"} | AVX512, "portable"),
         (AVX2 | AVX512, "avx512"),
-        (AVX2 | AVX512 - {"avx512dq"} | {"avx512_bf16"}, "avx2"),
-        (AVX2 | AVX512 | {"avx512_bf16"}, "avx512_bf16"),
+        (AVX2 | AVX512 - {"avx512dq"} | {"avx512_vnni", "avx512_bf16"}, "avx2"),
+        (AVX2 | AVX512 | {"avx512_bf16"}, "avx512"),
+        (AVX2 | AVX512 | {"avx512_vnni"}, "avx512_vnni"),
+        (AVX2 | AVX512 | {"avx512_vnni", "avx512_bf16"}, "avx512_bf16"),
     ],
 )
 def test_instruction_sets_are_those_that_the_library_asks_for(flags, last):

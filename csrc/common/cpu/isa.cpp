@@ -7,7 +7,8 @@
 namespace vdit {
 namespace {
 
-constexpr char const* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr char const* kNames[] = {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
+constexpr int kLevels = sizeof kNames / sizeof *kNames;
 
 CpuIsa best_level() {
 #if VDIT_CPU_X86
@@ -17,7 +18,8 @@ CpuIsa best_level() {
   bool const avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (!avx512) return CpuIsa::kAvx2;
-  return __builtin_cpu_supports("avx512bf16") ? CpuIsa::kAvx512Bf16 : CpuIsa::kAvx512;
+  if (!__builtin_cpu_supports("avx512vnni")) return CpuIsa::kAvx512;
+  return __builtin_cpu_supports("avx512bf16") ? CpuIsa::kAvx512Bf16 : CpuIsa::kAvx512Vnni;
 #else
   return CpuIsa::kPortable;
 #endif
@@ -27,14 +29,14 @@ CpuIsa chosen_level() {
   CpuIsa const best = best_level();
   char const* const wish = std::getenv("VDIT_CPU_ISA");
   if (wish == nullptr || *wish == '\0') return best;
-  for (int level = 0; level < 4; ++level) {
+  for (int level = 0; level < kLevels; ++level) {
     if (std::string(wish) != kNames[level]) continue;
     if (level <= static_cast<int>(best)) return static_cast<CpuIsa>(level);
     throw std::runtime_error("vdit: VDIT_CPU_ISA=" + std::string(wish) +
                              " is not supported by this CPU, whose best is " +
                              kNames[static_cast<int>(best)]);
   }
-  throw std::runtime_error("vdit: VDIT_CPU_ISA must be portable, avx2, avx512 or avx512_bf16, got " +
+  throw std::runtime_error("vdit: VDIT_CPU_ISA must be portable, avx2, avx512, avx512_vnni or avx512_bf16, got " +
                            std::string(wish));
 }
 

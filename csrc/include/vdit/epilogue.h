@@ -7,19 +7,17 @@
 namespace vdit {
 
 // For row m (batch m / rows_per_batch, token m % rows_per_batch) and column n, with sum(m, n) the exact int32 sum
-// of products of activation codes and weight codes, in this order and all but the first line in fp32:
+// of products of activation codes and weight codes, all in fp32 and in this order:
 //
-//   sum = sum + code_offset * x_sum[m]       in int32
 //   y = (sum + weight_zero[n] * x_sum[m]) * (x_scale[m] * weight_scale[n]) + bias[n]
 //   y = y * gate[b, s, n]             where there is a gate
 //   y = y + residual[b, s, n]         where there is a residual
 //
-// then rounded to out_dtype. With raw_sums out is int32 [m, n], the sums after the first line, and nothing else
-// is read.
+// then rounded to out_dtype. With raw_sums out is int32 [m, n], the sums themselves, and nothing else is read.
 // A float product (vq_linear on fp16 or bf16) has neither x_scale nor weight_zero; null scales count as 1.
 struct LinearEpilogue {
   float const* x_scale = nullptr;       // [m] or null
-  int32_t const* x_sum = nullptr;       // [m], sums of the activation codes; null without weight_zero and code_offset
+  int32_t const* x_sum = nullptr;       // [m], sums of the activation codes; null without weight_zero
   float const* weight_scale = nullptr;  // [n] or null
   float const* weight_zero = nullptr;   // [n] or null
   float const* bias = nullptr;          // [n] or null
@@ -31,7 +29,6 @@ struct LinearEpilogue {
   int64_t rows_per_batch = 1;
   DType gate_dtype = DType::kFloat32;
   DType out_dtype = DType::kBFloat16;
-  int32_t code_offset = 0;  // what weight codes lost when they were expanded (128 for nibble planes, else 0)
   bool raw_sums = false;
 };
 

@@ -23,6 +23,7 @@ _CPU_NEEDS = "head_dim a multiple of 8 up to 256, float32, float16 or bfloat16"
 _LEVELS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_vnni": {"avx512_vnni"},
     "avx512_bf16": {"avx512_bf16"},
 }
 

@@ -57,6 +57,11 @@ class Applied:
         self.undo()
 
     @property
+    def intervals(self) -> tuple[Mapping[str, int], ...]:
+        """Bits by layer name for each part of the sampling; empty when no layer changes."""
+        return self._intervals
+
+    @property
     def num_intervals(self) -> int:
         """Parts of the sampling that may differ in precision; 1 when none does."""
         return max(1, len(self._intervals))

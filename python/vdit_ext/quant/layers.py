@@ -1,8 +1,9 @@
-"""Which linears of a diffusers transformer are quantized, which stay in high precision, and what belongs together.
+"""Which linears of a diffusers transformer are quantized, which stay in high precision, and what belongs
+together.
 
-Everything is data: a class is one entry of :data:`CLASSES`. Patch embedding, time and text embedders, modulation,
-token refiners and the output head stay as they are (ViDiT-Q, section 4; section 6 of the authors' configurations
-keeps the same).
+Everything is data: a class is one entry of :data:`CLASSES`. Patch embedding, time and text embedders,
+modulation, token refiners and the output head stay as they are (ViDiT-Q, section 4; section 6 of the authors'
+configurations keeps the same).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class LinearInfo:
         name: of the module, as in ``model.named_modules()``, without what LoRA wrappers add to it.
         block: the transformer block it stands in, such as ``blocks.3``.
         kind: "self", "cross", "temporal" or "ffn": the group whose sensitivity is measured together (ViDiT-Q,
-            section 4). Spatial and joint attention count as "self"; the text stream of joint attention as "cross".
+            section 4). Spatial and joint attention count as "self"; the text stream of joint attention as
+            "cross".
         group: linears of one group read the same tensor, and share what is done to it.
         in_features, out_features: sizes.
     """
@@ -306,25 +308,26 @@ class LayerList:
         rows += [(name, "kept", reason) for name, reason in self.kept.items()]
         if not rows:
             return "no linears"
-        lines = [("linear", "kind", "weight, or why it stays"), *_merged(rows)]
+        lines = [("linear", "kind", "weight, or why it stays"), *merge_blocks(rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
         table = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
         return "\n".join(line.rstrip() for line in table)
 
 
-def _merged(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """Rows whose names differ in their first number only, as one row."""
-    numbers: dict[tuple[str, str, str], list[int]] = {}
-    for name, kind, what in rows:
-        head, number, tail = re.match(r"([^.]*\.)(\d+)(\..*)|", name).groups() if name else (None,) * 3
-        key = (f"{head}*{tail}", kind, what) if number else (name, kind, what)
-        numbers.setdefault(key, []).append(int(number or 0))
+def merge_blocks(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Rows that begin with a name: those that differ in the first number of it only become one row."""
+    numbers: dict[tuple[str, ...], list[int]] = {}
+    for name, *cells in rows:
+        found = re.match(r"(.*?\.)(\d+)(\..*)", name)
+        if found is not None:
+            name = f"{found.group(1)}*{found.group(3)}"
+        numbers.setdefault((name, *cells), []).append(int(found.group(2)) if found else 0)
     merged = []
-    for (name, kind, what), found in numbers.items():
+    for (name, *cells), found in numbers.items():
         first, last = min(found), max(found)
         whole = sorted(found) == list(range(first, last + 1))
         shown = f"{first}" if first == last else f"{first}-{last}" if whole else ",".join(map(str, found))
-        merged.append((name.replace("*", shown, 1), kind, what))
+        merged.append((name.replace("*", shown, 1), *cells))
     return merged
 
 
@@ -347,7 +350,8 @@ def linear_layers(model: nn.Module, layers: str | Iterable[str] | None = None) -
     known = class_layers(model)
     if known is None and layers is None:
         raise TypeError(
-            f"vdit_ext.quant: the model's class must be one of {', '.join(CLASSES)}, got {type(model).__name__}; "
+            f"vdit_ext.quant: the model's class must be one of {', '.join(CLASSES)}, got "
+            f"{type(model).__name__}; "
             'name its linears with layers=, such as layers=r"blocks\\..*"'
         )
     chosen = None if layers is None else _compiled(layers)
@@ -388,7 +392,7 @@ def plain_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """
     found = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or "weight" not in module._parameters:
+        if not isinstance(module, nn.Linear) or module._parameters.get("weight") is None:
             continue
         if re.search(r"(^|\.)lora_[A-Za-z_]+\.", name):
             continue

@@ -156,6 +156,10 @@ class QuantLinear(nn.Linear):
         shared: object that members of ``layer.group`` have in common; None quantizes for this layer alone.
     """
 
+    # What a fused block adds to its next call: further arguments of `quantize_rows`, and gate and residual.
+    prologue: dict[str, Any] | None = None
+    epilogue: dict[str, Any] | None = None
+
     def __init__(self, layer: QuantLayer, shared: SharedRows | None = None) -> None:
         nn.Module.__init__(self)  # not that of nn.Linear, which would allocate a weight
         self.in_features, self.out_features = layer.weight.in_features, layer.weight.out_features
@@ -165,10 +169,12 @@ class QuantLinear(nn.Linear):
         self._arguments = self._format.arguments(self._config)
         self._weight_names = tuple(layer.weight.tensors())
         self._transform_names = tuple(layer.transform.tensors())
+        self.register_parameter("weight", None)  # peft reads the attribute
         self.register_buffer("bias", None)
         for name, tensor in layer.tensors().items():
             self.register_buffer(name, tensor)
         self.bits: int = layer.weight.bits
+        self.takes_prologue = layer.weight.takes_codes and layer.transform.is_fused
 
     @classmethod
     def empty(cls, config: dict[str, Any], device: torch.device | str | None = None) -> QuantLinear:
@@ -221,14 +227,16 @@ class QuantLinear(nn.Linear):
         weight = self._weight()
         rows = self.rows(flat) if weight.takes_codes else self._floats(flat)
         epilogue = {"bias": self.bias, "gate": gate, "residual": residual, "out_dtype": x.dtype}
+        epilogue |= self.epilogue or {}
         out = weight.multiply(rows, bits=self.bits, **epilogue)
-        return out if flat is x else out.unflatten(0, x.shape[:-1])
+        return out if flat is x else out.reshape(*x.shape[:-1], self.out_features)
 
     def rows(self, x: Tensor) -> QuantizedRows:
         """The quantized input, ``[M, C]`` or ``[B, S, C]``, shared with the layers of the group."""
         return self._quantize(x) if self.shared is None else self.shared.get(x, self._quantize)
 
     def _quantize(self, x: Tensor) -> QuantizedRows:
+        x = x if x.stride(-1) == 1 else x.contiguous()  # Sana's attention passes channels apart
         transform = self._transform()
         if not transform.is_fused:
             return QuantizedRows(*ops.quantize_rows(transform.clipped(transform.rows(x)), bits=transform.bits))
@@ -239,10 +247,12 @@ class QuantLinear(nn.Linear):
                 hadamard=transform.hadamard,
                 signs=transform.signs,
                 bits=transform.bits,
+                **(self.prologue or {}),
             )
         )
 
     def _floats(self, x: Tensor) -> Tensor:
+        x = x if x.stride(-1) == 1 else x.contiguous()
         return x if not self._transform_names else self._transform().rows(x).to(x.dtype)
 
     def _weight(self) -> Weight:

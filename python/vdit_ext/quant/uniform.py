@@ -176,6 +176,6 @@ def quantize_layers(
 def _linear(model: nn.Module, info: LinearInfo) -> nn.Linear:
     parent, leaf = find_linear(getattr(model, "_orig_mod", model), info.name)
     linear = getattr(parent, leaf)
-    if not isinstance(linear, nn.Linear) or "weight" not in linear._parameters:
+    if not isinstance(linear, nn.Linear) or linear._parameters.get("weight") is None:
         raise ValueError(f"{info.name}: it must be a torch.nn.Linear, got {type(linear).__name__}")
     return linear

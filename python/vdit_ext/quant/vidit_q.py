@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,17 +23,18 @@ from .calibration import Calibration, Progress
 from .hadamard import hadamard_block, random_signs, split_size
 from .layers import FFN, TEMPORAL, LinearInfo, linear_layers
 from .transform import InputTransform, channel_mask
-from .uniform import parse_bits, quantize_layers, round_weight, store, to_planes
+from .uniform import Grid, parse_bits, quantize_layers, round_weight, store, to_planes
 from .weights import Weight
 
 BITS = ("w8a8", "w6a6", "w4a8", "w4a8-mp")
-ROTATIONS = ("none", "block", "full")
+ROTATIONS = ("none", "block", "full", "search")
 ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 INTERVALS = 4
 BitMap = Mapping[str, int]
 
-# What the authors set (specs section 4), by model and bits, as arguments of `quantize`; at 8 and 6 bits they set
-# neither mask nor rotation. Exponents of their first release, which stand on activations, are 1 minus theirs here.
+# What the authors set (specs section 4), by model and bits, as arguments of `quantize`; at 8 and 6 bits they
+# set neither mask nor rotation. Exponents of their first release, which stand on activations, are 1 minus
+# theirs here.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
     "opensora": {"w4a8": {"alpha": 0.88}, "w4a8-mp": {"alpha": 0.88}},
@@ -43,7 +45,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 def quantize(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: Calibration | None,
     *,
     bits: str = "w8a8",
     preset: str = "default",
@@ -60,7 +62,7 @@ def quantize(
     """Quantize a transformer's linears; the model is not touched.
 
     Args:
-        calibration: of the same layers; needed where there is a mask.
+        calibration: of the same layers; None will do where nothing is masked or searched.
         bits: "w8a8", "w6a6" (a byte for each weight still), "w4a8", or "w4a8-mp": weights that change between 4
             and 8 bits with the part of the steps, as ``precision`` says.
         preset: one of :data:`PRESETS`: the authors' settings for a model.
@@ -69,8 +71,9 @@ def quantize(
             calibration's rows; None for no mask; "auto" is the preset's, else "search" where weights may have 4
             bits, else None.
         rotation: "block" for Hadamard blocks of up to 128 channels, fused with quantization; "full" for one
-            over all channels, as the authors' code has it, which runs apart; "none"; "auto" is "block" where
-            weights may have 4 bits, else "none".
+            over all channels, as the authors' code has it, which runs apart; "none"; "search" for "block" or
+            "none", whichever changes the outputs of a group less; "auto" is "block" where weights may have 4
+            bits, else "none".
         balanced: regular expression for the whole names of layers that get mask and rotation; a group gets them
             when one of its layers matches. None is the preset's, else all layers.
         precision: with "w4a8-mp", bits by layer name for each equal part of the steps, first steps first
@@ -83,7 +86,7 @@ def quantize(
         layers: which linears; by default :func:`vdit_ext.quant.linear_layers` of the model.
 
     Returns:
-        A :class:`QuantizedModel`. Its report has the exponents and the weights' average bits.
+        A :class:`QuantizedModel`. Its report has each group's mask and rotation and the weights' average bits.
 
     Raises:
         ValueError: one sentence, for options out of range, maps that do not fit, channels that no Hadamard
@@ -91,48 +94,35 @@ def quantize(
         KeyError: a layer that was not calibrated.
     """
     weight_bits, activation_bits = parse_bits("vidit_q", bits, BITS)
-    for name, value, choices in (("preset", preset, PRESETS), ("rotation", rotation, ("auto", *ROTATIONS))):
-        if value not in choices:
-            raise ValueError(f"vidit_q: {name} must be one of {', '.join(choices)}, got {value!r}")
-    if isinstance(alpha, str) and alpha not in ("auto", "search"):
-        raise ValueError(f'vidit_q: alpha must be a number, "auto", "search" or None, got {alpha!r}')
-    published = PRESETS[preset].get(bits, {})
-    alpha = published.get("alpha", alpha) if alpha == "auto" else alpha
-    pattern = re.compile(published.get("balanced", ".*") if balanced is None else balanced)
+    balance = _balance(bits, preset, alpha, rotation, balanced, seed, activation_bits)
     infos = list(linear_layers(model) if layers is None else layers)
     mixed = bits == "w4a8-mp"
     intervals = _intervals(infos, precision) if mixed else ()
     levels = _levels(infos, intervals, weight_bits, switchable=precision == "switchable")
-    alphas: dict[str, float | None] = {}
+    chosen: dict[str, dict[str, Any]] = {}
+
+    def round_to(weight: Tensor, width: int) -> Grid:
+        return round_weight(weight, width, symmetric=symmetric, clip=clip)
 
     def transform_of(members: list[LinearInfo], weights: list[Tensor]) -> InputTransform:
         low = min(min(levels[info.name]) for info in members)
-        if not any(pattern.fullmatch(info.name) for info in members):
-            return InputTransform(bits=activation_bits)
-        group = members[0].group
-        kind = ("block" if low <= 4 else "none") if rotation == "auto" else rotation
-        rotated = _rotation(kind, members[0], seed, activation_bits)
-        share = ("search" if low <= 4 else None) if alpha == "auto" else alpha
-        if share is None:
-            return rotated
-        statistics = calibration[members[0].name]
-        round_to = lambda w: round_weight(w, low, symmetric=symmetric, clip=clip).dequantize()  # noqa: E731
-        if share == "search":
-            share = search_alpha(statistics.rows, statistics.amax, weights, rotated, round_to)
-        alphas[group] = share
-        return rotated if share is None else _masked(rotated, statistics.amax, weights, share)
+        candidates = balance.candidates(members, weights, low, calibration)
+        best = next(iter(candidates))
+        if len(candidates) > 1:
+            rows = calibration[members[0].name].rows
+            best = nearest_outputs(rows, weights, candidates, lambda w: round_to(w, low).dequantize())
+        chosen[members[0].group] = {"hadamard": best[0], "alpha": best[1]}
+        return candidates[best]
 
     def weight_of(info: LinearInfo, weight: Tensor) -> Weight:
-        several = len(levels[info.name]) > 1
-        grid = round_weight(weight, max(levels[info.name]), symmetric=symmetric, clip=clip)
-        return to_planes(grid) if several else store(grid)
+        grid = round_to(weight, max(levels[info.name]))
+        return to_planes(grid) if len(levels[info.name]) > 1 else store(grid)
 
     found = quantize_layers(model, infos, transform_of, weight_of, progress)
     report = {
         "bits": bits,
         "preset": preset,
-        "alpha": alphas,
-        "rotation": rotation,
+        "groups": chosen,
         "average_weight_bits": average_bits(infos, intervals) if mixed else float(weight_bits),
     }
     return QuantizedModel("vidit_q", found, intervals, report)
@@ -143,35 +133,90 @@ def quantize(
 # ---------------------------------------------------------------------------------------------------------
 
 
-def search_alpha(
+@dataclass(frozen=True)
+class _Balance:
+    """The options of :func:`quantize` that decide masks and rotations; "auto" depends on a layer's lowest
+    bits."""
+
+    alpha: float | str | None
+    rotation: str
+    pattern: re.Pattern
+    seed: int
+    activation_bits: int
+
+    def candidates(
+        self,
+        members: list[LinearInfo],
+        weights: list[Tensor],
+        low: int,
+        calibration: Calibration | None,
+    ) -> dict[tuple[int, float | None], InputTransform]:
+        """The transforms to choose from for a group, by Hadamard size and exponent."""
+        if not any(self.pattern.fullmatch(info.name) for info in members):
+            return {(0, None): InputTransform(bits=self.activation_bits)}
+        wanted = ("block" if low <= 4 else "none") if self.rotation == "auto" else self.rotation
+        alpha = ("search" if low <= 4 else None) if self.alpha == "auto" else self.alpha
+        alphas = (None, *ALPHAS) if alpha == "search" else (alpha,)
+        amax = None if alphas == (None,) else calibration[members[0].name].amax
+        found = {}
+        for kind in ("block", "none") if wanted == "search" else (wanted,):
+            turned = _rotation(kind, members[0], self.seed, self.activation_bits)
+            for one in alphas:
+                found[turned.hadamard, one] = turned if one is None else _masked(turned, amax, weights, one)
+        return found
+
+
+def _balance(
+    bits: str,
+    preset: str,
+    alpha: float | str | None,
+    rotation: str,
+    balanced: str | None,
+    seed: int,
+    activation_bits: int,
+) -> _Balance:
+    """Check the options and fill in the preset's."""
+    for name, value, choices in (("preset", preset, PRESETS), ("rotation", rotation, ("auto", *ROTATIONS))):
+        if value not in choices:
+            raise ValueError(f"vidit_q: {name} must be one of {', '.join(choices)}, got {value!r}")
+    if isinstance(alpha, str) and alpha not in ("auto", "search"):
+        raise ValueError(f'vidit_q: alpha must be a number, "auto", "search" or None, got {alpha!r}')
+    published = PRESETS[preset].get(bits, {})
+    alpha = published.get("alpha", alpha) if alpha == "auto" else alpha
+    balanced = published.get("balanced", ".*") if balanced is None else balanced
+    try:
+        pattern = re.compile(balanced)
+    except re.error as error:
+        raise ValueError(f"vidit_q: balanced must be a regular expression, got {balanced!r}: {error}") from None
+    return _Balance(alpha, rotation, pattern, seed, activation_bits)
+
+
+def nearest_outputs(
     rows: Tensor,
-    amax: Tensor,
     weights: Sequence[Tensor],
-    rotated: InputTransform,
+    candidates: Mapping[Any, InputTransform],
     round_to: Callable[[Tensor], Tensor],
-    alphas: Sequence[float] = ALPHAS,
     max_rows: int = 256,
-) -> float | None:
-    """The exponent, or None for no mask, with which a group's quantized outputs are nearest to the true ones.
+) -> Any:
+    """The key of the transform with which a group's quantized outputs are nearest to the true ones; of equal
+    ones the first.
 
     Args:
         rows: ``[R, C]``, rows of the input; the first ``max_rows`` count.
-        amax: fp32 ``[C]``, largest magnitudes of the input.
-        weights: fp32 ``[O, C]`` each.
-        rotated: rotation and activation bits.
+        weights: fp32 ``[O, C]`` each, those of the group.
         round_to: a transformed weight as rounding leaves it.
     """
     rows = rows[:max_rows].to(torch.float32)
     outputs = [rows @ weight.T for weight in weights]
 
-    def error(alpha: float | None) -> float:
-        transform = rotated if alpha is None else _masked(rotated, amax, weights, alpha)
+    def error(key: Any) -> float:
+        transform = candidates[key]
         codes, scale, _ = ops.quantize_rows(transform.rows(rows), bits=transform.bits)
         inputs = codes.to(torch.float32) * scale[:, None]
         pairs = zip(outputs, weights, strict=True)
         return float(sum((inputs @ round_to(transform.weight(w)).T - y).square().sum() for y, w in pairs))
 
-    return min((None, *alphas), key=error)
+    return min(candidates, key=error)
 
 
 def _masked(transform: InputTransform, amax: Tensor, weights: Sequence[Tensor], alpha: float) -> InputTransform:
