@@ -5,12 +5,13 @@ codewords as candidates with learnable ratios, and ratios, codebooks and biases 
 transformer block returns what it returned at full precision, on inputs from the model's own sampling: no data
 set. Ratios are driven to 0 or 1; what remains are plain codes.
 
-What departs from the released code: blocks are calibrated one by one, each on the full-precision model's input
-to it (``mode="end_to_end"`` for the other way); codebooks learn from the beginning (``codebooks="two_phase"``);
-the weight of the ratio loss rises with time instead of being switched (``schedule="gate"``), and the distortion
-is counted in units of plain k-means' (``distortion="mse"``), without which that weight would mean something
-else in every block; codebook rates fall to zero; and a block that k-means alone fits better on held-out calls
-stays so.
+What departs from the released code: blocks are calibrated one by one, each on the full-precision model's
+input to it (``mode="end_to_end"`` for the other way); codebooks learn from the beginning
+(``codebooks="two_phase"``); the weight of the ratio loss rises with time instead of being switched
+(``schedule="gate"``); distortion is counted in units of plain k-means', and learning rates in those of the
+codebook, without which they would mean something else in every block (``units="absolute"``); rates fall to
+zero under hard assignments; and a block that k-means alone fits better on held-out calls stays so.
+:data:`RELEASED` has the settings of the released code.
 """
 
 from __future__ import annotations
@@ -55,13 +56,15 @@ class Settings:
         codebooks: "joint": codebooks learn with the ratios; "two_phase": only once assignments are hard.
         schedule: weight of the ratio loss: "ramp": from 0 to ``ratio_weight`` over ``steps``; "gate": 0 where
             the ratio loss is the lowest of the last 50 updates, else ``ratio_weight``.
-        distortion: unit of the distortion: "relative": plain k-means'; "mse": plain mean squares.
+        units: "relative": distortion in units of plain k-means', rates of codebooks and biases in units of the
+            codebook's root mean square; "absolute": mean squares and rates as they are.
         mode: "block": each block alone, on the full-precision model's inputs; "end_to_end": all at once,
             through the whole model.
         steps: updates with soft assignments, at most; then all are forced to their likeliest candidate.
         codebook_steps: updates of codebooks and biases after that.
         calls: of each block that are kept for calibration; a quarter of them is held out to check on.
-        ratio_rate, codebook_rate, bias_rate: learning rates of RMSprop with this ``alpha``.
+        ratio_rate, codebook_rate, bias_rate: learning rates of RMSprop with this ``alpha``. A bias counts in
+            units of its weight's codebook.
         freeze_above: a word's choice is made once a ratio is above this.
         hard_above: a weight is hard once this share of its words is frozen.
         ratio_weight: weight of the ratio loss.
@@ -78,18 +81,18 @@ class Settings:
     ratio_init: str = "inverse_distance"
     codebooks: str = "joint"
     schedule: str = "ramp"
-    distortion: str = "relative"
+    units: str = "relative"
     mode: str = "block"
     steps: int = 400
     codebook_steps: int = 400
     calls: int = 32
     ratio_rate: float = 5e-2
-    codebook_rate: float = 1e-4
-    bias_rate: float = 1e-4
+    codebook_rate: float = 1e-2
+    bias_rate: float = 1e-2
     alpha: float = 0.9
     freeze_above: float = 0.99
     hard_above: float = 0.99
-    ratio_weight: float = 1.0
+    ratio_weight: float = 4.0
     iterations: int = 100
     row_scale: bool = False
     share_qkv: bool = False
@@ -113,9 +116,24 @@ _CHOICES = {
     "ratio_init": ("inverse_distance", "uniform"),
     "codebooks": ("joint", "two_phase"),
     "schedule": ("ramp", "gate"),
-    "distortion": ("relative", "mse"),
+    "units": ("relative", "absolute"),
     "mode": ("block", "end_to_end"),
     "codebook_dtype": ("float16", "float32", "int8"),
+}
+
+
+# The released code: one loss over all blocks, 1,000 trajectories of 50 steps at these rates.
+RELEASED: dict[str, Any] = {
+    "mode": "end_to_end",
+    "codebooks": "two_phase",
+    "schedule": "gate",
+    "units": "absolute",
+    "codebook_rate": 1e-4,
+    "bias_rate": 1e-4,
+    "ratio_weight": 1.0,
+    "share_qkv": True,
+    "modulation": True,
+    "codebook_dtype": "float32",
 }
 
 
@@ -388,6 +406,18 @@ class _Student:
         """Each once, though weights may share them."""
         return list({id(soft.codebook): soft.codebook for soft in self.soft.values()}.values())
 
+    def groups(self, settings: Settings) -> list[dict[str, Any]]:
+        """Codebooks and biases with their learning rates, as an optimizer takes them."""
+
+        def unit(codebook: Tensor) -> float:
+            return float(codebook.detach().square().mean().sqrt()) if settings.units == "relative" else 1.0
+
+        found = [{"params": [book], "lr": settings.codebook_rate * unit(book)} for book in self.codebooks()]
+        for name, bias in self.biases.items():
+            book = self.soft[_joined(name.rpartition(".")[0], "weight")].codebook
+            found.append({"params": [bias], "lr": settings.bias_rate * unit(book)})
+        return found
+
 
 def calibrate(
     student: _Student,
@@ -403,7 +433,7 @@ def calibrate(
     used, held = _split_calls(calls)
     before = _state(student)
     plain = student.hard_error(held)
-    unit = max(student.hard_error(used), 1e-30) if settings.distortion == "relative" else 1.0
+    unit = max(student.hard_error(used), 1e-30) if settings.units == "relative" else 1.0
     generator = torch.Generator().manual_seed(seed)
     parts = _parts(settings.steps + settings.codebook_steps, after_part)
     steps = _soften(student, used, settings, unit, generator, parts)
@@ -443,13 +473,8 @@ def _parts(total: int, after_part: Callable[[], None]) -> Callable[[int], None]:
 def _soften(student, calls, settings, unit, generator, parts) -> int:
     """The updates with soft assignments; returns how many there were."""
     softs = list(student.soft.values())
-    books, biases = student.codebooks(), list(student.biases.values())
-    groups = [
-        {"params": [soft.logits for soft in softs], "lr": settings.ratio_rate},
-        {"params": books, "lr": settings.codebook_rate},
-        {"params": biases, "lr": settings.bias_rate},
-    ]
-    optimizer = torch.optim.RMSprop([g for g in groups if g["params"]], alpha=settings.alpha)
+    ratios = {"params": [soft.logits for soft in softs], "lr": settings.ratio_rate}
+    optimizer = torch.optim.RMSprop([ratios, *student.groups(settings)], alpha=settings.alpha)
     lowest = float("inf")
     for step in range(settings.steps):
         open_softs = [soft for soft in softs if not soft.hard]
@@ -466,7 +491,7 @@ def _soften(student, calls, settings, unit, generator, parts) -> int:
                 soft.logits.grad[soft.frozen] = 0
         if settings.codebooks == "two_phase":
             waiting = {id(soft.codebook) for soft in open_softs}
-            for book in books:
+            for book in student.codebooks():
                 book.grad = None if id(book) in waiting else book.grad
         optimizer.step()
         for soft in open_softs:
@@ -485,11 +510,7 @@ def _ratio_factor(settings: Settings, step: int, doubt: float, lowest: float) ->
 
 def _polish(student, calls, settings, unit, generator, parts) -> None:
     """The updates of codebooks and biases under hard assignments, at rates that fall to zero."""
-    groups = [
-        {"params": student.codebooks(), "lr": settings.codebook_rate},
-        {"params": list(student.biases.values()), "lr": settings.bias_rate},
-    ]
-    optimizer = torch.optim.RMSprop([g for g in groups if g["params"]], alpha=settings.alpha)
+    optimizer = torch.optim.RMSprop(student.groups(settings), alpha=settings.alpha)
     rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(settings.codebook_steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
