@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vdit_ext import ops
-from vdit_ext.quant import InputTransform, LinearInfo, QuantLayer, QuantLinear, apply, vq4dit
+from vdit_ext.quant import InputTransform, LinearInfo, QuantLayer, QuantLinear, apply, linear_layers, vq4dit
 from vdit_ext.quant.accounting import MIB, LinearSize, dit_linears, vq_size
 from vdit_ext.quant.block_calls import Strata, record_calls
 from vdit_ext.quant.kmeans_vq import (
@@ -481,6 +481,16 @@ def test_modulation_is_quantized_for_dit_and_both_sizes_are_told():
     without = quantize_dit(model, modulation=False)
     assert len(without.layers) == 2 * 6
     assert without.report["size"]["quantized"] == without.report["size"]["without_modulation"]
+
+
+def test_named_layers_get_no_modulation_unless_it_is_asked_for():
+    model = tiny_dit()
+    every = list(linear_layers(model))
+    some = [info for info in every if info.kind == "ffn"]
+    assert len(vq4dit.linears_of(model, every)) == 2 * 7, "all of a DiT's own"
+    assert vq4dit.linears_of(model, some) == some
+    assert len(vq4dit.linears_of(model, some, modulation=True)) == 2 * 3
+    assert len(vq4dit.linears_of(model, {info.name: info for info in every}, modulation=False)) == 2 * 6
 
 
 def test_the_reported_size_is_that_of_the_formula():

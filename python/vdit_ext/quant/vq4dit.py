@@ -43,6 +43,7 @@ from .transform import InputTransform
 from .weights import DenseWeight, Int8Weight, VQWeight
 
 Progress = Callable[[int, int, str], None]
+BITS = ("w2", "w3")  # the default first
 _PARTS = 10  # of a block's calibration, for progress
 
 
@@ -157,7 +158,7 @@ def quantize(
         bits: "w2", 256 words of 4 weights, or "w3", 64 words of 2.
         seed: decides k-means' seeding, which calls are kept and in which order they are used.
         progress: called with parts done, parts in all, and the name of a layer or block.
-        layers: the linears to quantize; those of :func:`linear_layers` when None.
+        layers: the linears to quantize; those of :func:`linears_of` when None.
         checkpoint: folder that takes up every block as it is finished, and from which a later call with the
             same model, seed and settings goes on; None keeps nothing.
         settings: of :class:`Settings`.
@@ -231,7 +232,7 @@ class _Job:
             )
         model = getattr(model, "_orig_mod", model)
         chosen = Settings(**settings)
-        job = cls(model, bits, seed, chosen, _chosen_linears(model, layers, chosen.modulation), progress)
+        job = cls(model, bits, seed, chosen, linears_of(model, layers, chosen.modulation), progress)
         for info in job.infos:
             split_words(job.linear(info.name).weight[:1], job.form.dim)  # refuses before anything runs
         return job
@@ -322,11 +323,11 @@ class _Job:
 
     def size_report(self) -> dict[str, Any]:
         """Exact bytes, by the paper's formula, with and without the modulation linears."""
-        everything = _chosen_linears(self.model, None if _is_known(self.model) else self.infos, True)
+        plain = [info for info in self.infos if info.kind != layer_lists.MODULATION]
         parts = {
             "quantized": self.infos,
-            "with_modulation": everything,
-            "without_modulation": [info for info in everything if info.kind != layer_lists.MODULATION],
+            "with_modulation": linears_of(self.model, plain, True),
+            "without_modulation": plain,
         }
         s = self.settings
         bits = {"float16": 16, "float32": 32, "int8": 8}[s.codebook_dtype]
@@ -349,17 +350,29 @@ def _is_known(model: nn.Module) -> bool:
     return layer_lists.class_layers(model) is not None
 
 
-def _chosen_linears(model: nn.Module, layers, modulation: bool | None) -> list[LinearInfo]:
-    """The linears to quantize; modulation linears inside of blocks are added to the class's own list only."""
-    if layers is not None:
-        return list(layers.values() if isinstance(layers, Mapping) else layers)
+def linears_of(
+    model: nn.Module,
+    layers: Iterable[LinearInfo] | Mapping[str, LinearInfo] | None = None,
+    modulation: bool | None = None,
+) -> list[LinearInfo]:
+    """The linears that :func:`quantize` takes, block by block.
+
+    ``modulation`` adds the modulation linears of these blocks; None does so for DiTTransformer2DModel, unless
+    ``layers`` leaves some of its other linears out.
+    """
+    given = list(layers.values() if isinstance(layers, Mapping) else layers or ())
+    if layers is not None and not _is_known(model):
+        return given
     known = layer_lists.linear_layers(model)
+    given = given or list(known)
     if modulation is None:
-        modulation = any(c.__name__ == "DiTTransformer2DModel" for c in type(model).__mro__)
-    if not modulation:
-        return list(known)
-    blocks, linears = known.blocks(), layer_lists.plain_linears(model)
-    for name, reason in known.kept.items():
+        whole = {info.name for info in known} <= {info.name for info in given}
+        modulation = whole and any(c.__name__ == "DiTTransformer2DModel" for c in type(model).__mro__)
+    blocks: dict[str, list[LinearInfo]] = {}
+    for info in given:
+        blocks.setdefault(info.block, []).append(info)
+    linears = layer_lists.plain_linears(model)
+    for name, reason in known.kept.items() if modulation else ():
         block = next((block for block in blocks if name.startswith(f"{block}.")), None)
         if reason == layer_lists.MODULATION and block is not None:
             size = (linears[name].in_features, linears[name].out_features)
