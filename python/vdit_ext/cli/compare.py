@@ -58,8 +58,8 @@ def compare(
     dense attention in full precision. Prints a table and writes an HTML page, a contact sheet and the clips.
     Density is the kept share of attention in the sparse steps, layers that stay dense counted in.
 
-    --json prints a list of objects with method, model, quant, density, density_sparse_layers (over the sparse layers
-    of those steps only), density_overall (over all steps), psnr, ssim, identical, seconds, speedup and
+    --json prints a list of objects with method, model, quant, density, density_sparse_layers (over the sparse
+    layers of those steps only), density_overall (over all steps), psnr, ssim, identical, seconds, speedup and
     settings. psnr is null where identical is true, since JSON has no infinity. With --set, write
     svg2.top_p=0.8 to reach one method.
     """
