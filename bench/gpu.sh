@@ -213,15 +213,18 @@ kernels=(sm80)
 # --- correctness: one line a family ---
 CHECKS=(
   "attention"
+  "linear"
 )
 if wanted check; then
   for family in "${CHECKS[@]}"; do
-    VDIT_ATTENTION_KERNEL=sm80 stage "check_$family" 150 "$python" bench/check_cuda.py --family "$family" --large \
+    VDIT_ATTENTION_KERNEL=sm80 VDIT_LINEAR_KERNEL=sm80 stage "check_$family" 150 "$python" bench/check_cuda.py --family "$family" --large \
       --seconds 140 --out "$out/check_$family.json"
   done
   if [ "${kernels[0]}" = sm90 ]; then
     VDIT_ATTENTION_KERNEL=sm90 stage check_attention_sm90 120 "$python" bench/check_cuda.py --family attention --large \
       --op "$sm90_ops,plan,cuda_graph,stream" --seconds 110 --out "$out/check_attention_sm90.json"
+    VDIT_LINEAR_KERNEL=sm90 stage check_linear_sm90 60 "$python" bench/check_cuda.py --family linear \
+      --op w8a8_linear,w4a8_linear,log4a8_linear,linear_graph --seconds 50 --out "$out/check_linear_sm90.json"
   fi
 fi
 
@@ -271,13 +274,15 @@ TIMINGS=(
   "planner-hunyuan 60 attention --ops planner --shape hunyuan --seconds 4"
   "planner-wan14b 60 attention --ops planner --shape wan14b --seconds 4"
   "planner-cogvideox 60 attention --ops planner --shape cogvideox --seconds 4"
+  "linear 240 linear --seconds 4 --min-rounds 3"
   "svg2-hunyuan 60 attention --ops svg2 --shape hunyuan --seconds 5 --min-rounds 3"
 )
 if wanted timings; then
   for line in "${TIMINGS[@]}"; do
     read -r name limit arguments <<< "$line"
     # shellcheck disable=SC2086  # the arguments are words
-    VDIT_ATTENTION_KERNEL=${kernels[0]} stage "$name" "$limit" "$python" bench/run.py $arguments --device cuda \
+    export VDIT_ATTENTION_KERNEL="${kernels[0]}" VDIT_LINEAR_KERNEL="${kernels[0]}"
+    stage "$name" "$limit" "$python" bench/run.py $arguments --device cuda \
       --out "$out" --name "${date}_gpu_$name"
   done
 fi

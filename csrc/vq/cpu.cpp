@@ -1,14 +1,12 @@
 // CPU entry points of the vq family: work items and thread hand-out. The vector bodies are in cpu_body.h,
 // compiled once per instruction set by cpu_<isa>.cpp.
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "common/cpu/gemm_items.h"
 #include "common/cpu/isa.h"
 #include "common/cpu/parallel.h"
-#include "vdit/linear.h"
+#include "common/cpu/scratch.h"
 #include "vq/cpu_kernels.h"
 #include "vq/path.h"
 
@@ -19,6 +17,7 @@ VqCpuKernels const& kernels() {
 #if VDIT_CPU_X86
   switch (cpu_isa_level()) {
     case CpuIsa::kAvx512Bf16: return kVqAvx512Bf16;
+    case CpuIsa::kAvx512Vnni: return kVqAvx512Vnni;
     case CpuIsa::kAvx512: return kVqAvx512;
     case CpuIsa::kAvx2: return kVqAvx2;
     case CpuIsa::kPortable: break;
@@ -26,17 +25,6 @@ VqCpuKernels const& kernels() {
 #endif
   cpu_isa_level();  // so that a bad VDIT_CPU_ISA is reported everywhere
   return kVqPortable;
-}
-
-// Memory that a thread keeps between calls: fresh pages would cost their faults every call.
-void* thread_scratch(size_t bytes) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<void, Free> scratch;
-  if (!scratch) scratch.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-  if (!scratch) throw std::bad_alloc();
-  return scratch.get();
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -101,37 +89,27 @@ void multiply_many_rows(VqCpuKernels const& kernel, VqLinearParams const& p, Par
   });
 }
 
-// The weight as int8 in a scratch, and then the int8 product.
-void multiply_int8(VqLinearParams const& p, ParallelFor const& parallel) {
-  int64_t const pitch = ceil_div(p.k, 16) * 16;
-  std::vector<int8_t> weight(p.n * pitch);
-  VqDequantizeParams d;
-  d.codes = p.codes;
-  d.codebook = p.codebook;
-  d.out = weight.data();
-  d.stride_out = pitch;
-  d.n = p.n;
-  d.k = p.k;
-  d.format = p.format;
-  d.is_int8 = true;
-  run_vq_dequantize_cpu(d, parallel);
-  LinearParams l;
-  l.x = static_cast<int8_t const*>(p.x);
-  l.stride_x = p.stride_x;
-  l.weight = weight.data();
-  l.stride_weight = pitch;
-  l.m = p.m;
-  l.n = p.n;
-  l.k = p.k;
-  l.epilogue = p.epilogue;
-  run_linear_cpu(l, parallel);
+void multiply_int8(VqCpuKernels const& kernel, VqLinearParams const& p, ParallelFor const& parallel) {
+  int const count = p.format == VqFormat::k256x4 ? 256 : 64, dim = p.format == VqFormat::k256x4 ? 4 : 2;
+  uint32_t words[256];
+  for (int i = 0; i < count; ++i) {
+    words[i] = 0;
+    for (int d = 0; d < dim; ++d)
+      words[i] |= static_cast<uint32_t>(static_cast<int8_t const*>(p.codebook)[i * dim + d] + 128) << 8 * d;
+  }
+  std::vector<int32_t> x_sums(p.m);
+  for_each_slice(parallel, p.m, 64,
+                 [&](int64_t begin, int64_t end) { kernel.sum_rows(p, begin, end, x_sums.data()); });
+  for_each_gemm_item(parallel, p.m, p.n, [&](GemmItem const& item) {
+    kernel.multiply_int8(p, words, item, x_sums.data(), thread_scratch(kernel.int8_scratch_bytes));
+  });
 }
 
 }  // namespace
 
 void run_vq_linear_cpu(VqLinearParams const& p, ParallelFor const& parallel) {
   if (p.m == 0 || p.n == 0) return;
-  if (p.is_int8) return multiply_int8(p, parallel);
+  if (p.is_int8) return multiply_int8(kernels(), p, parallel);
   VqCpuKernels const& kernel = kernels();
   if (vq_cpu_path(p.m) == VqPath::kRows) return multiply_few_rows(kernel, p, parallel);
   multiply_many_rows(kernel, p, parallel);

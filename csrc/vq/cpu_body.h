@@ -9,10 +9,8 @@
 #pragma once
 #include <cstring>
 
-#include "common/cpu/epilogue.h"
+#include "common/cpu/int8_gemm.h"
 #include "vq/cpu_kernels.h"
-
-#define VDIT_UNROLL _Pragma("GCC unroll 16")
 
 namespace vdit {
 namespace {
@@ -552,6 +550,54 @@ void multiply(VqLinearParams const& p, float const* words, VqItem const& item, v
   multiply_format<VqFormat::k64x2>(p, words, item, space);
 }
 
+// ---- vq_linear, int8 ----
+
+// Words of the codebook, 128 added to each byte, as panels of the int8 product. A word of 64x2 is in the low
+// half.
+template <VqFormat kFormat>
+struct VqPanel {
+  static constexpr int kOffset = 128;
+  VqLinearParams const& p;
+  uint32_t const* words;
+
+  void fill(uint8_t* panel, int64_t n0, int64_t k0, int depth) const {
+    for (int64_t n = n0; n < n0 + kGemmColumns && n < p.n; n += kVqTileOut) {
+      uint8_t const* const tiles = tiles_of<kFormat>(p.codes, p.k, n) + k0 / kVqTileIn * kTileBytes<kFormat>;
+      for (int k = 0; k < depth; k += kVqTileIn)
+        fill_tile(tiles + k / kVqTileIn * kTileBytes<kFormat>, panel + k * kGemmColumns + 4 * (n - n0));
+    }
+  }
+
+ private:
+  void fill_tile(uint8_t const* tile, uint8_t* out) const {
+    for (int row = 0; row < kVqTileOut; ++row) {
+      VDIT_UNROLL
+      for (int q = 0; q < 16; ++q) {
+        int const code = code_at<kFormat>(tile, row % 8, row / 8, q / 8, q / 4 % 2, q % 4);
+        uint32_t const word =
+            kFormat == VqFormat::k256x4 ? words[code] : words[code & 63] | words[code >> 6] << 16;
+        std::memcpy(out + q * 4 * kGemmColumns + 4 * row, &word, 4);
+      }
+    }
+  }
+};
+
+void multiply_int8(VqLinearParams const& p, uint32_t const* words, GemmItem const& item,
+                   int32_t const* x_sums, void* scratch) {
+  GemmRows const x{static_cast<int8_t const*>(p.x), p.stride_x, p.k};
+  if (p.format == VqFormat::k256x4) {
+    int8_gemm(x, p.n, VqPanel<VqFormat::k256x4>{p, words}, p.epilogue, item, x_sums, scratch);
+  } else {
+    int8_gemm(x, p.n, VqPanel<VqFormat::k64x2>{p, words}, p.epilogue, item, x_sums, scratch);
+  }
+}
+
+void sum_vq_rows(VqLinearParams const& p, int64_t begin, int64_t end, int32_t* sums) {
+  sum_rows(GemmRows{static_cast<int8_t const*>(p.x), p.stride_x, p.k}, begin, end, sums);
+}
+
+// ---- what a unit is given ----
+
 template <class T>
 inline void widen_words(T const* from, int count, float* to) {
   for (int i = 0; i < count; i += kLanes) Simd::store(to + i, Simd::load(from + i));
@@ -583,6 +629,7 @@ void widen_row(VqLinearParams const& p, int64_t row, float* out) {
 }  // namespace
 }  // namespace vdit
 
-#define VDIT_VQ_CPU_KERNELS                                                                        \
-  {vdit::Simd::kName,   vdit::kBlockRows, sizeof(vdit::Scratch), vdit::assign,   vdit::dequantize, \
-   vdit::multiply_rows, vdit::multiply,   vdit::make_words,      vdit::widen_row}
+#define VDIT_VQ_CPU_KERNELS                                                                  \
+  {vdit::Simd::kName, vdit::kBlockRows,    sizeof(vdit::Scratch), sizeof(vdit::GemmScratch), \
+   vdit::assign,      vdit::dequantize,    vdit::multiply_rows,   vdit::multiply,            \
+   vdit::sum_vq_rows, vdit::multiply_int8, vdit::make_words,      vdit::widen_row}

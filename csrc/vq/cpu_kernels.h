@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/cpu/gemm_item.h"
 #include "vdit/vq.h"
 
 namespace vdit {
@@ -28,7 +29,8 @@ struct VqItem {
 struct VqCpuKernels {
   char const* isa;
   int block_rows;        // rows of an item of `multiply` at most
-  size_t scratch_bytes;  // per thread, aligned to 64
+  size_t scratch_bytes;  // of multiply, per thread, aligned to 64
+  size_t int8_scratch_bytes;
   // Vectors [begin, end). `codebook` has 2, 4, 8 or 16 floats a word, the least that hold p.dim, zeros past
   // it; half_norms[c] = |codebook[c]|^2 / 2.
   void (*assign)(VqAssignParams const& p, float const* codebook, float const* half_norms, int64_t begin,
@@ -40,6 +42,11 @@ struct VqCpuKernels {
   void (*multiply_rows)(VqLinearParams const& p, float const* x, float const* words, int64_t column);
   // The product of an item; `words` as make_words writes them with `pairs`.
   void (*multiply)(VqLinearParams const& p, float const* words, VqItem const& item, void* scratch);
+  // Sums of rows [begin, end) of an int8 x, and the product of an item with them. `words` is the codebook as
+  // 256 words of four bytes, or 64 of two, with 128 added to each byte.
+  void (*sum_rows)(VqLinearParams const& p, int64_t begin, int64_t end, int32_t* sums);
+  void (*multiply_int8)(VqLinearParams const& p, uint32_t const* words, GemmItem const& item,
+                        int32_t const* x_sums, void* scratch);
   // The codebook, at most 1024 words of 32 bits: fp32, or with `pairs` two bf16 a word where the unit
   // multiplies those.
   void (*make_words)(VqLinearParams const& p, bool pairs, float* words);
@@ -47,6 +54,6 @@ struct VqCpuKernels {
   void (*widen_row)(VqLinearParams const& p, int64_t row, float* out);
 };
 
-extern VqCpuKernels const kVqPortable, kVqAvx2, kVqAvx512, kVqAvx512Bf16;
+extern VqCpuKernels const kVqPortable, kVqAvx2, kVqAvx512, kVqAvx512Vnni, kVqAvx512Bf16;
 
 }  // namespace vdit

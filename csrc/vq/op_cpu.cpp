@@ -10,7 +10,7 @@ struct CpuVq {
     explicit Scope(Tensor const&) {}
     ParallelFor parallel = torch_parallel_for();
   };
-  // Words are always looked up on the way to the registers, unless an int8 product is asked for otherwise.
+  // Words are looked up on the way to the registers, unless an int8 product is asked for otherwise.
   static VqPathChoice path(VqLinearParams const& p, std::string const& asked, Tensor const&) {
     VqPathChoice choice;
     choice.path = p.is_int8 && asked == "expand" ? VqPath::kExpand : VqPath::kFused;

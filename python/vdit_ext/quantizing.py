@@ -22,7 +22,7 @@ from torch import nn
 from .quant import files
 from .quant.apply import QuantizedModel, find_linear
 from .quant.calibration import Calibration, InputStatistics, calibrate
-from .quant.layers import LayerList, LinearInfo, linear_layers
+from .quant.layers import LayerList, linear_layers
 from .quant.linear import QuantLayer, QuantLinear
 from .quant.measure import snr, weight_snr
 from .quant.methods import entry_of, run
@@ -354,7 +354,7 @@ def _digest(model: nn.Module, layers: LayerList) -> str:
     digest = hashlib.sha256()
     for info in layers:
         digest.update(repr(dataclasses.astuple(info)).encode())
-        digest.update(_linear(model, info).weight[:1].detach().float().cpu().numpy().tobytes())
+        digest.update(_linear(model, info.name).weight[:1].detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -473,15 +473,15 @@ def _layer_records(
     model: nn.Module, quantized: QuantizedModel, layers: LayerList, calibration: Calibration | None
 ) -> list[dict[str, Any]]:
     """What became of each layer: format, bits, bytes, and how near its weight and its output are, in dB."""
-    kinds = {info.name: info for info in layers}
+    kinds = {info.name: info.kind for info in layers}
     records = []
     for name, layer in quantized.layers.items():
-        linear = _linear(model, kinds[name])
+        linear = _linear(model, name)
         bits = min((part[name] for part in quantized.intervals if name in part), default=layer.weight.bits)
         records.append(
             {
                 "layer": name,
-                "kind": kinds[name].kind,
+                "kind": kinds.get(name, "modulation"),  # which VQ4DiT quantizes too
                 "format": layer.weight.format,
                 "bits": layer.weight.bits,
                 "fewest_bits": bits,
@@ -500,7 +500,7 @@ def _output_snr(
     linear: nn.Linear, layer: QuantLayer, bits: int, calibration: Calibration | None, name: str
 ) -> float:
     """Of a layer's output on rows of the calibration; NaN without one."""
-    if calibration is None:
+    if calibration is None or name not in calibration.layers:
         return float("nan")
     rows = calibration[name].rows[:_MEASURED_ROWS].float()
     weight, bias = (None if t is None else t.detach().float().cpu() for t in (linear.weight, linear.bias))
@@ -514,8 +514,8 @@ def _finite(value: float) -> float | None:
     return value if torch.tensor(value).isfinite() else None
 
 
-def _linear(model: nn.Module, info: LinearInfo) -> nn.Linear:
-    parent, leaf = find_linear(getattr(model, "_orig_mod", model), info.name)
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    parent, leaf = find_linear(getattr(model, "_orig_mod", model), name)
     return parent._modules[leaf]
 
 
@@ -536,7 +536,10 @@ def _report(
         "seed": job.seed,
         "prompts": list(job.prompts) if job.calibrated else [],
         "layers": rows,
-        "kept": {name: layers.kept for name, layers in lists.items()},
+        "kept": {
+            name: {kept: why for kept, why in layers.kept.items() if kept not in records[name][0].layers}
+            for name, layers in lists.items()
+        },
         "bytes": sum(row["bytes"] for row in rows),
         "bytes_bf16": sum(row["bytes_bf16"] for row in rows),
         "seconds": seconds,

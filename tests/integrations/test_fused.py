@@ -15,6 +15,7 @@ from cases import quantized as make
 from cases.methods import Banded
 from cases.transformers import CASES
 
+from vdit_ext import ops
 from vdit_ext.integrations import accelerate, fused
 from vdit_ext.testing import difference
 
@@ -178,6 +179,22 @@ def test_autocast_runs_unfused():
         assert torch.equal(got, want)
 
 
+def test_inference_mode_quantizes_once_for_q_k_and_v(monkeypatch):
+    model = WIDE.build()
+    with accelerate(model, quant=make.quantized(model)):
+        want, prologues = run(model), []
+        quantize_rows = ops.quantize_rows
+
+        def note(x, **settings):
+            prologues.append(settings.get("prologue"))
+            return quantize_rows(x, **settings)
+
+        monkeypatch.setattr(ops, "quantize_rows", note)
+        with torch.inference_mode():
+            got = run(model)
+    assert prologues.count("layer_norm") == 2 * 3 and torch.equal(got, want)
+
+
 def test_regional_compile_of_fused_blocks():
     case = dataclasses.replace(WIDE, config=WIDE.config | {"num_layers": 4})
     model = case.build()
@@ -196,5 +213,8 @@ def test_regional_compile_of_fused_blocks():
     prologues = [
         node.kwargs.get("prologue") for node in graphs[0].graph.nodes if "quantize_rows" in str(node.target)
     ]
-    assert len(graphs) == 1 and "layer_norm" in prologues and "gelu_tanh" in prologues
+    # q, k and v of self-attention once; its output; q, k, v and output of cross-attention; feed-forward.
+    norm, plain = "layer_norm", "none"
+    want_prologues = [norm, plain, norm, plain, plain, plain, norm, "gelu_tanh"]
+    assert len(graphs) == 1 and [p or plain for p in prologues] == want_prologues
     assert difference(got, want).cosine < 1e-8

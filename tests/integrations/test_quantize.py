@@ -25,7 +25,9 @@ from safetensors.torch import load_file, save_file
 import vdit_ext
 from vdit_ext.integrations import accelerate, explain, handle_of, save_quantized
 from vdit_ext.integrations.quantizer import VditQuantConfig, quantized_layers
-from vdit_ext.quant import QuantLinear, files, linear_layers
+from vdit_ext.quant import QuantLinear, files, linear_layers, methods
+from vdit_ext.quant.calibration import calibrate
+from vdit_ext.quant.methods import METHODS
 from vdit_ext.testing import difference
 
 WAN = next(case for case in CASES if case.name == "WanTransformer3DModel")
@@ -295,6 +297,25 @@ def test_layers_alone_are_loaded_by_accelerate(tmp_path):
     assert not (tmp_path / "config.json").exists()
     with accelerate(model, quant=str(tmp_path)):
         assert len(quantized_layers(model)) == 20
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_is_saved_and_loaded_exactly(name, tmp_path):
+    """At several of its bits: the layers alone, and the whole transformer through diffusers."""
+    model = WIDE.build()
+    calibration = calibrate(model, lambda: run(model, WIDE), rows=64)
+    quick = {"vq4dit": {"steps": 2, "codebook_steps": 2}, "lrq_dit": {"steps": 2}}.get(name, {})
+    for bits in METHODS[name].bits[:4]:
+        quantized = methods.run(name, model, calibration, bits=bits, **quick)
+        files.save(tmp_path / "layers", quantized, info={"bits": bits})
+        save_quantized(tmp_path / "whole", model, quantized, info={"bits": bits})
+        with accelerate(model, quant=quantized, num_inference_steps=1):
+            want = run(model, WIDE)
+        with accelerate(model, quant=tmp_path / "layers", num_inference_steps=1):
+            assert torch.equal(run(model, WIDE), want), bits
+        loaded = WanTransformer3DModel.from_pretrained(tmp_path / "whole")
+        with accelerate(loaded, num_inference_steps=1):
+            assert torch.equal(run(loaded, WIDE), want), bits
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

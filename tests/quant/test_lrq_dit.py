@@ -172,6 +172,19 @@ def test_layers_hold_what_was_asked_for(model, layers, calibration):
     assert report["bits"] == "w3a6" and report["layers"]["5"]["route"] == "none", "20 channels"
 
 
+@pytest.mark.parametrize("bits", ["w3a8", "w4a8"])
+def test_files_may_keep_three_bits_a_weight(model, layers, calibration, bits):
+    quantized = lrq_dit.quantize(model, calibration, bits=bits, layers=layers, routing="hadamard")
+    for layer in quantized.layers.values():
+        compact = twin_log.compact_tensors(layer.config(), layer.tensors())
+        if bits == "w3a8":
+            rows, columns = layer.weight.out_features, layer.weight.in_features
+            assert compact["planes"].nbytes == rows * 12 * -(-columns // 32) and "tiles" not in compact
+        back = twin_log.expanded_tensors(layer.config(), compact)
+        assert back.keys() == layer.tensors().keys()
+        assert all(torch.equal(tensor, back[name]) for name, tensor in layer.tensors().items())
+
+
 def test_transform_is_mask_then_rotation(model, layers, calibration):
     for routing in ("hadamard", "dual"):
         quantized = lrq_dit.quantize(model, calibration, layers=layers, routing=routing, steps=STEPS)

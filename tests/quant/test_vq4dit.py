@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vdit_ext import ops
-from vdit_ext.quant import InputTransform, LinearInfo, QuantLayer, QuantLinear, apply, vq4dit
+from vdit_ext.quant import InputTransform, LinearInfo, QuantLayer, QuantLinear, apply, linear_layers, vq4dit
 from vdit_ext.quant.accounting import MIB, LinearSize, dit_linears, vq_size
 from vdit_ext.quant.block_calls import Strata, record_calls
 from vdit_ext.quant.kmeans_vq import (
@@ -354,14 +354,14 @@ def test_the_gate_minimises_distortion_alone_while_the_ratio_loss_is_lowest():
     gate = vq4dit.Settings(schedule="gate")
     assert vq4dit._ratio_factor(gate, 3, 0.4, 0.4) == 0
     assert vq4dit._ratio_factor(gate, 3, 0.5, 0.4) == 1
-    ramp = vq4dit.Settings(steps=10)
+    ramp = vq4dit.Settings(steps=10, ratio_weight=1.0)
     assert [vq4dit._ratio_factor(ramp, step, 0.5, 0.4) for step in (0, 5)] == [0, 0.5]
 
 
 def test_a_block_that_calibration_makes_worse_keeps_kmeans():
     toy = Toy(0)
     common = {"layers": toy.layers, "codebook_dtype": "float32"}
-    wild = SHORT | {"codebook_rate": 1.0}
+    wild = SHORT | {"codebook_rate": 30.0}
     quantized = vq4dit.quantize(toy.model, toy.run, **common, **wild)
     assert quantized.report["blocks"]["0"]["kept"] == "kmeans"
     plain = vq4dit.quantize_kmeans(toy.model, **common, iterations=3)
@@ -456,11 +456,18 @@ def test_property_the_same_seed_gives_the_same_codes(mode):
 
 def test_calibration_brings_blocks_closer_than_kmeans():
     model = tiny_dit()
-    settings = {"steps": 60, "codebook_steps": 40, "calls": 12, "codebook_rate": 1e-3}
+    settings = {"steps": 60, "codebook_steps": 40, "calls": 12}
     quantized = quantize_dit(model, **settings)
     assert len(quantized.report["blocks"]) == 2
     for report in quantized.report["blocks"].values():
         assert report["calibrated"] < 0.9 * report["kmeans"]
+
+
+def test_the_settings_of_the_released_code_run_end_to_end_with_five_codebooks_a_block():
+    quantized = quantize_dit(tiny_dit(), **vq4dit.RELEASED)
+    assert list(quantized.report["blocks"]) == ["model"]
+    wanted = vq_size(dit_linears(2, 32, 128, share_qkv=True), FORMATS["w2"])
+    assert quantized.report["size"]["quantized"]["bytes"] == wanted.total
 
 
 def test_modulation_is_quantized_for_dit_and_both_sizes_are_told():
@@ -474,6 +481,16 @@ def test_modulation_is_quantized_for_dit_and_both_sizes_are_told():
     without = quantize_dit(model, modulation=False)
     assert len(without.layers) == 2 * 6
     assert without.report["size"]["quantized"] == without.report["size"]["without_modulation"]
+
+
+def test_named_layers_get_no_modulation_unless_it_is_asked_for():
+    model = tiny_dit()
+    every = list(linear_layers(model))
+    some = [info for info in every if info.kind == "ffn"]
+    assert len(vq4dit.linears_of(model, every)) == 2 * 7, "all of a DiT's own"
+    assert vq4dit.linears_of(model, some) == some
+    assert len(vq4dit.linears_of(model, some, modulation=True)) == 2 * 3
+    assert len(vq4dit.linears_of(model, {info.name: info for info in every}, modulation=False)) == 2 * 6
 
 
 def test_the_reported_size_is_that_of_the_formula():

@@ -54,17 +54,23 @@ inline void dot_block(Int8Dot::Activation const* rows, int64_t stride, uint8_t c
     VDIT_UNROLL
     for (int v = 0; v < D::kVecs; ++v) acc[r][v] = D::zero();
   }
-  for (int k = 0; k < depth; k += 4) {
-    D::Weights w[D::kVecs];
+  for (int begin = 0; begin < depth; begin += 64) {
+    // The next rows, which a short row's end keeps the hardware from seeing.
     VDIT_UNROLL
-    for (int v = 0; v < D::kVecs; ++v) w[v] = D::load(panel + v * D::kColumns * 4);
-    VDIT_UNROLL
-    for (int r = 0; r < kRowsHere; ++r) {
-      D::Quad const x = D::broadcast(rows + r * stride + k);
+    for (int r = 0; r < kRowsHere; ++r) __builtin_prefetch(rows + (kRowsHere + r) * stride + begin, 0, 2);
+    int const end = begin + 64 < depth ? begin + 64 : depth;
+    for (int k = begin; k < end; k += 4) {
+      D::Weights w[D::kVecs];
       VDIT_UNROLL
-      for (int v = 0; v < D::kVecs; ++v) acc[r][v] = D::dot(acc[r][v], w[v], x);
+      for (int v = 0; v < D::kVecs; ++v) w[v] = D::load(panel + v * D::kColumns * 4);
+      VDIT_UNROLL
+      for (int r = 0; r < kRowsHere; ++r) {
+        D::Quad const x = D::broadcast(rows + r * stride + k);
+        VDIT_UNROLL
+        for (int v = 0; v < D::kVecs; ++v) acc[r][v] = D::dot(acc[r][v], w[v], x);
+      }
+      panel += kGemmColumns * 4;
     }
-    panel += kGemmColumns * 4;
   }
   VDIT_UNROLL
   for (int r = 0; r < kRowsHere; ++r) {
@@ -101,6 +107,16 @@ inline void finish_rows(LinearEpilogue const& e, int64_t n, GemmItem const& item
   }
 }
 
+// Asks for the lines that `count` rows of results will be written to, while their sums are computed.
+inline void prefetch_outputs(LinearEpilogue const& e, int64_t n, GemmItem const& item, int64_t m, int count) {
+  int64_t const size = e.raw_sums || e.out_dtype == DType::kFloat32 ? 4 : 2;
+  int64_t const columns = n - item.n0 < kGemmColumns ? n - item.n0 : kGemmColumns;
+  for (int r = 0; r < count; ++r) {
+    char const* const row = static_cast<char const*>(e.out) + ((m + r) * n + item.n0) * size;
+    for (int64_t at = 0; at < columns * size; at += 64) __builtin_prefetch(row + at, 1, 2);
+  }
+}
+
 // One item of for_each_gemm_item: its sums and their epilogue. x_sums may be null where Panel::kOffset is 0.
 template <class Panel>
 inline void int8_gemm(GemmRows const& x, int64_t n, Panel const& source, LinearEpilogue const& e,
@@ -114,6 +130,7 @@ inline void int8_gemm(GemmRows const& x, int64_t n, Panel const& source, LinearE
     for (int row = 0; row < item.rows; row += kDotRows) {
       int const count = item.rows - row < kDotRows ? item.rows - row : kDotRows;
       int32_t* const c = s.sums + (pieces == 1 ? 0 : row * kGemmColumns);
+      if (k0 + depth >= x.k) prefetch_outputs(e, n, item, item.m0 + row, count);
       dot_rows(x, item.m0 + row, count, k0, here, s, c);
       if (k0 + depth >= x.k) finish_rows(e, n, item, item.m0 + row, count, Panel::kOffset, x_sums, c);
     }

@@ -74,6 +74,14 @@ Device = Annotated[
 ]
 
 _METHOD = "Method settings"
+Quant = Annotated[
+    str | None,
+    typer.Option(
+        "--quant",
+        help="Quantized linears: a folder that `vdit quantize` wrote, or rtn.",
+        rich_help_panel=_METHOD,
+    ),
+]
 TopP = Annotated[
     float | None,
     typer.Option("--top-p", help="svg2: attention mass to keep in each row, 0 to 1.", rich_help_panel=_METHOD),
@@ -111,6 +119,20 @@ def check_quant_method(name: str) -> str:
     if name not in QUANT_METHODS:
         raise Refusal(f"--method: one of {', '.join(QUANT_METHODS)} was expected, got {name!r}")
     return name
+
+
+def check_quant(quant: str | None) -> str | None:
+    """What to call quantized linears, None without any; a Refusal for what is no folder of them nor a
+    method."""
+    if quant is None:
+        return None
+    if quant not in QUANT_METHODS and not Path(quant).is_dir():
+        raise Refusal(f"--quant: a folder that `vdit quantize` wrote, or rtn, was expected, got {quant!r}")
+    check_packages(*SAMPLING)
+    from ..compare import quant_label
+
+    with refusing(ValueError, FileNotFoundError):
+        return quant_label(quant)
 
 
 def settings_for(

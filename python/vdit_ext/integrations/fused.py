@@ -128,7 +128,7 @@ def fused_forward(
     parts = (table + temb.float()).chunk(6, dim=2 if by_token else 1)
     shift, scale, gate, c_shift, c_scale, c_gate = (p.squeeze(2) if by_token else p for p in parts)
     with (
-        _adding(_readers(block.attn1), prologue=_norm(block.norm1, scale, shift)),
+        _adding(_readers(block.attn1), prologue=_norm(block.norm1, scale, shift), reading=hidden),
         _adding([block.attn1.to_out[0]], epilogue={"gate": gate, "residual": hidden}),
     ):
         hidden = block.attn1(hidden, None, None, rotary_emb)
@@ -150,15 +150,26 @@ def _adding(
     *,
     prologue: dict[str, Any] | None = None,
     epilogue: dict[str, Any] | None = None,
+    reading: Tensor | None = None,
 ) -> Iterator[None]:
-    """The linears do this too, in calls inside of the block."""
-    for linear in linears:
-        linear.prologue, linear.epilogue = prologue, epilogue
+    """The linears do this too, in calls inside of the block; ``reading`` is what all of them will read."""
     try:
+        for linear in linears:
+            linear.prologue, linear.epilogue = prologue, epilogue
+        if reading is not None and _share_by_hand(linears, reading):
+            rows = linears[0].rows(reading)
+            for linear in linears:
+                linear.ahead = rows
         yield
     finally:
         for linear in linears:
-            linear.prologue = linear.epilogue = None
+            linear.prologue = linear.epilogue = linear.ahead = None
+
+
+def _share_by_hand(linears: list[QuantLinear], x: Tensor) -> bool:
+    """Whether the linears have one input transform, and would each quantize x for itself."""
+    alike = len(linears) > 1 and all(one.shared is linears[0].shared is not None for one in linears)
+    return alike and (torch.compiler.is_compiling() or x.is_inference())
 
 
 def _norm(norm: nn.Module, scale: Tensor | None = None, shift: Tensor | None = None) -> dict[str, Any] | None:

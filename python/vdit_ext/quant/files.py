@@ -1,13 +1,13 @@
 """Quantized layers on disk: one safetensors file and one JSON that says what is in it; never pickle.
 
-    FOLDER/vdit_quant.json          format and version, method, bits, the settings of each layer, bit map,
-    report FOLDER/vdit_quant.safetensors   tensors named ``<layer>.<tensor>``, as in the state dict of the model
+    FOLDER/vdit_quant.json          format, version, method, settings of each layer, bit map, report
+    FOLDER/vdit_quant.safetensors   tensors named ``<layer>.<tensor>``, as in the model's state dict, but for
+                                    codes of three bits, which are packed as such
 
 Where the rest of the transformer goes into the same folder (:func:`save` with ``rest`` and ``config``), the
 tensors are in ``diffusion_pytorch_model.safetensors`` beside a ``config.json``, and diffusers'
-``from_pretrained`` loads it.
-Files appear under their names when they are complete, the JSON last; an identity that both carry tells a pair
-of two different runs apart.
+``from_pretrained`` loads it. Files appear under their names when they are complete, the JSON last; an identity
+that both carry tells a pair of two different runs apart.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .apply import QuantizedModel, check_intervals
 from .linear import QuantLayer
+from .twin_log import compact_tensors, expanded_tensors
 
 SETTINGS, LAYERS, WHOLE, CONFIG = (
     "vdit_quant.json",
@@ -77,9 +78,10 @@ def save(
     """
     folder = Path(folder)
     identity = secrets.token_hex(8)
-    tensors = {
-        f"{name}.{key}": t for name, layer in quantized.layers.items() for key, t in layer.tensors().items()
-    }
+    tensors = {}
+    for name, layer in quantized.layers.items():
+        own = layer.tensors() if rest is not None else compact_tensors(layer.config(), layer.tensors())
+        tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
     if rest is not None:
         if both := sorted(tensors.keys() & rest.keys()):
             raise ValueError(f"vdit_ext.quant: rest must not hold tensors of quantized layers, got {both[0]}")
@@ -166,7 +168,7 @@ def layer_from(config: Any, tensors: Mapping[str, Tensor], path: Path, name: str
     """The layer of a file; a ValueError, one sentence, where its settings or tensors are not what they must
     be."""
     try:
-        return QuantLayer.from_tensors(config, dict(tensors), name)
+        return QuantLayer.from_tensors(config, expanded_tensors(config, tensors), name)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"vdit_ext.quant: the settings of {name} in {path.parent} must be those of a quantized layer, "

@@ -159,6 +159,7 @@ class QuantLinear(nn.Linear):
     # What a fused block adds to its next call: further arguments of `quantize_rows`, and gate and residual.
     prologue: dict[str, Any] | None = None
     epilogue: dict[str, Any] | None = None
+    ahead: QuantizedRows | None = None  # or the rows themselves, quantized once for several layers
 
     def __init__(self, layer: QuantLayer, shared: SharedRows | None = None) -> None:
         nn.Module.__init__(self)  # not that of nn.Linear, which would allocate a weight
@@ -234,6 +235,7 @@ class QuantLinear(nn.Linear):
         """
         flat = x if x.ndim in (2, 3) else x.reshape(-1, self.in_features)
         weight = self._weight()
+        rows = self.ahead if rows is None else rows
         if rows is None:
             rows = self.rows(flat) if weight.takes_codes else self._floats(flat)
         epilogue = {"bias": self.bias, "gate": gate, "residual": residual, "out_dtype": x.dtype}

@@ -13,12 +13,14 @@ formula.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .. import ops
 
 BITS = (3, 4)
 MODES = ("corrected", "paper", "released")
@@ -127,12 +129,12 @@ def fit(weight: Tensor, bits: int, mode: str = "corrected", grid: str = "small")
         bits: 3 or 4, the sign included.
         mode: "corrected" finds shift and ends of the grid for each row and sign by squared error, so that
             scaling a row by a power of two leaves its codes alone. "paper" is the published formula: no shift,
-            a grid from the least to the largest magnitude. "released" is what the
-            authors' code computes: an absolute shift and a pair of quantiles for the whole matrix, quantiles
-            taken over a row in which the other sign's entries count as log magnitude 0, and two levels more
-            than ``bits`` bits hold. The last two are there to compare with; both lose to plain rounding on
-            small Gaussian weights.
-        grid: "small" tries 45 grids for each side, "full" 81; for mode "corrected" only.
+            a grid from the least to the largest magnitude. "released" is what the authors' code computes: an
+            absolute shift and a pair of quantiles for the whole matrix, quantiles taken over a row in which the
+            other sign's entries count as log magnitude 0, and two levels more than ``bits`` bits hold. The last
+            two are there to compare with; both lose to plain rounding on small Gaussian weights.
+        grid: "small" tries 45 grids for each side, "full" 81, and a third more in rows with zeros; for mode
+            "corrected" only.
 
     Raises:
         ValueError: one sentence with what was expected and what came.
@@ -257,15 +259,15 @@ def _search(sides: _Sides, zeros: Tensor, levels: int, grid: str) -> _Grid:
     """
     prefix = _Prefix.of(sides)
     extra = zeros.repeat_interleave(2)[:, None]
-    lowest, upper = sides.quantile(LOWER), sides.quantile(UPPER)
-    lower = torch.cat([torch.where(extra > 0, 0, lowest[:, :1]), lowest], 1)
+    lower, upper = sides.quantile(LOWER), sides.quantile(UPPER)
+    if extra.any():
+        lower = torch.cat([torch.where(extra > 0, 0, lower[:, :1]), lower], 1)
     best = _Best.none(sides), _Best.none(sides)  # without and with the zeros
     for shift in SHIFTS[grid]:
         low, high = torch.broadcast_tensors((lower + shift).log2()[:, :, None], (upper + shift).log2()[:, None])
         low, high = low.flatten(1), high.flatten(1)
-        step = ((high - low) / (levels - 1)).clamp(
-            min=0
-        )  # few entries may have their quantiles the wrong way round
+        # Where entries are few, the upper quantile may be below the lower one.
+        step = ((high - low) / (levels - 1)).clamp(min=0)
         candidates = _Grid(torch.full_like(low, shift), low, step)
         magnitudes = candidates.magnitudes(levels)
         error = prefix.error(candidates, magnitudes)
@@ -439,3 +441,34 @@ def unpack_planes(planes: Tensor, in_features: int) -> Tensor:
 def _values_of(data: Tensor, width: int) -> Tensor:
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=data.device)
     return ((data[..., None] >> shifts) & (1 << width) - 1).flatten(-2)
+
+
+def compact_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's tensors as a file may keep them: three bits a weight where the layer has three-bit codes.
+
+    Products read such codes from tiles of four bits each.
+
+    Args:
+        config: of the layer (:meth:`vdit_ext.quant.QuantLayer.config`).
+        tensors: of the layer, by name.
+
+    Returns:
+        The tensors, with "planes" (:func:`pack_planes`) in place of "tiles" for three-bit twin-log layers.
+    """
+    found = dict(tensors)
+    if config["format"] == "twin_log" and config["bits"] == 3:
+        codes = ops.unpack_log4(found.pop("tiles"), config["out_features"], config["in_features"])
+        found["planes"] = pack_planes(codes)
+    return found
+
+
+def expanded_tensors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The exact inverse of :func:`compact_tensors`; tensors without "planes" stay as they are.
+
+    Raises:
+        ValueError: one sentence, for planes of another shape or dtype than the config asks for.
+    """
+    found = dict(tensors)
+    if "planes" in found:
+        found["tiles"] = ops.pack_log4(unpack_planes(found.pop("planes"), config["in_features"]))
+    return found

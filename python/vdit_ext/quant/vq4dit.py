@@ -5,12 +5,13 @@ codewords as candidates with learnable ratios, and ratios, codebooks and biases 
 transformer block returns what it returned at full precision, on inputs from the model's own sampling: no data
 set. Ratios are driven to 0 or 1; what remains are plain codes.
 
-What departs from the released code: blocks are calibrated one by one, each on the full-precision model's input
-to it (``mode="end_to_end"`` for the other way); codebooks learn from the beginning (``codebooks="two_phase"``);
-the weight of the ratio loss rises with time instead of being switched (``schedule="gate"``), and the distortion
-is counted in units of plain k-means' (``distortion="mse"``), without which that weight would mean something
-else in every block; codebook rates fall to zero; and a block that k-means alone fits better on held-out calls
-stays so.
+What departs from the released code: blocks are calibrated one by one, each on the full-precision model's
+input to it (``mode="end_to_end"`` for the other way); codebooks learn from the beginning
+(``codebooks="two_phase"``); the weight of the ratio loss rises with time instead of being switched
+(``schedule="gate"``); distortion is counted in units of plain k-means', and learning rates in those of the
+codebook, without which they would mean something else in every block (``units="absolute"``); rates fall to
+zero under hard assignments; and a block that k-means alone fits better on held-out calls stays so.
+:data:`RELEASED` has the settings of the released code.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from .transform import InputTransform
 from .weights import DenseWeight, Int8Weight, VQWeight
 
 Progress = Callable[[int, int, str], None]
+BITS = ("w2", "w3")  # the default first
 _PARTS = 10  # of a block's calibration, for progress
 
 
@@ -55,13 +57,15 @@ class Settings:
         codebooks: "joint": codebooks learn with the ratios; "two_phase": only once assignments are hard.
         schedule: weight of the ratio loss: "ramp": from 0 to ``ratio_weight`` over ``steps``; "gate": 0 where
             the ratio loss is the lowest of the last 50 updates, else ``ratio_weight``.
-        distortion: unit of the distortion: "relative": plain k-means'; "mse": plain mean squares.
+        units: "relative": distortion in units of plain k-means', rates of codebooks and biases in units of the
+            codebook's root mean square; "absolute": mean squares and rates as they are.
         mode: "block": each block alone, on the full-precision model's inputs; "end_to_end": all at once,
             through the whole model.
         steps: updates with soft assignments, at most; then all are forced to their likeliest candidate.
         codebook_steps: updates of codebooks and biases after that.
         calls: of each block that are kept for calibration; a quarter of them is held out to check on.
-        ratio_rate, codebook_rate, bias_rate: learning rates of RMSprop with this ``alpha``.
+        ratio_rate, codebook_rate, bias_rate: learning rates of RMSprop with this ``alpha``. A bias counts in
+            units of its weight's codebook.
         freeze_above: a word's choice is made once a ratio is above this.
         hard_above: a weight is hard once this share of its words is frozen.
         ratio_weight: weight of the ratio loss.
@@ -78,18 +82,18 @@ class Settings:
     ratio_init: str = "inverse_distance"
     codebooks: str = "joint"
     schedule: str = "ramp"
-    distortion: str = "relative"
+    units: str = "relative"
     mode: str = "block"
     steps: int = 400
     codebook_steps: int = 400
     calls: int = 32
     ratio_rate: float = 5e-2
-    codebook_rate: float = 1e-4
-    bias_rate: float = 1e-4
+    codebook_rate: float = 1e-2
+    bias_rate: float = 1e-2
     alpha: float = 0.9
     freeze_above: float = 0.99
     hard_above: float = 0.99
-    ratio_weight: float = 1.0
+    ratio_weight: float = 4.0
     iterations: int = 100
     row_scale: bool = False
     share_qkv: bool = False
@@ -113,9 +117,24 @@ _CHOICES = {
     "ratio_init": ("inverse_distance", "uniform"),
     "codebooks": ("joint", "two_phase"),
     "schedule": ("ramp", "gate"),
-    "distortion": ("relative", "mse"),
+    "units": ("relative", "absolute"),
     "mode": ("block", "end_to_end"),
     "codebook_dtype": ("float16", "float32", "int8"),
+}
+
+
+# The released code: one loss over all blocks, 1,000 trajectories of 50 steps at these rates.
+RELEASED: dict[str, Any] = {
+    "mode": "end_to_end",
+    "codebooks": "two_phase",
+    "schedule": "gate",
+    "units": "absolute",
+    "codebook_rate": 1e-4,
+    "bias_rate": 1e-4,
+    "ratio_weight": 1.0,
+    "share_qkv": True,
+    "modulation": True,
+    "codebook_dtype": "float32",
 }
 
 
@@ -139,7 +158,7 @@ def quantize(
         bits: "w2", 256 words of 4 weights, or "w3", 64 words of 2.
         seed: decides k-means' seeding, which calls are kept and in which order they are used.
         progress: called with parts done, parts in all, and the name of a layer or block.
-        layers: the linears to quantize; those of :func:`linear_layers` when None.
+        layers: the linears to quantize; those of :func:`linears_of` when None.
         checkpoint: folder that takes up every block as it is finished, and from which a later call with the
             same model, seed and settings goes on; None keeps nothing.
         settings: of :class:`Settings`.
@@ -213,7 +232,7 @@ class _Job:
             )
         model = getattr(model, "_orig_mod", model)
         chosen = Settings(**settings)
-        job = cls(model, bits, seed, chosen, _chosen_linears(model, layers, chosen.modulation), progress)
+        job = cls(model, bits, seed, chosen, linears_of(model, layers, chosen.modulation), progress)
         for info in job.infos:
             split_words(job.linear(info.name).weight[:1], job.form.dim)  # refuses before anything runs
         return job
@@ -304,11 +323,11 @@ class _Job:
 
     def size_report(self) -> dict[str, Any]:
         """Exact bytes, by the paper's formula, with and without the modulation linears."""
-        everything = _chosen_linears(self.model, None if _is_known(self.model) else self.infos, True)
+        plain = [info for info in self.infos if info.kind != layer_lists.MODULATION]
         parts = {
             "quantized": self.infos,
-            "with_modulation": everything,
-            "without_modulation": [info for info in everything if info.kind != layer_lists.MODULATION],
+            "with_modulation": linears_of(self.model, plain, True),
+            "without_modulation": plain,
         }
         s = self.settings
         bits = {"float16": 16, "float32": 32, "int8": 8}[s.codebook_dtype]
@@ -331,17 +350,29 @@ def _is_known(model: nn.Module) -> bool:
     return layer_lists.class_layers(model) is not None
 
 
-def _chosen_linears(model: nn.Module, layers, modulation: bool | None) -> list[LinearInfo]:
-    """The linears to quantize; modulation linears inside of blocks are added to the class's own list only."""
-    if layers is not None:
-        return list(layers.values() if isinstance(layers, Mapping) else layers)
+def linears_of(
+    model: nn.Module,
+    layers: Iterable[LinearInfo] | Mapping[str, LinearInfo] | None = None,
+    modulation: bool | None = None,
+) -> list[LinearInfo]:
+    """The linears that :func:`quantize` takes, block by block.
+
+    ``modulation`` adds the modulation linears of these blocks; None does so for DiTTransformer2DModel, unless
+    ``layers`` leaves some of its other linears out.
+    """
+    given = list(layers.values() if isinstance(layers, Mapping) else layers or ())
+    if layers is not None and not _is_known(model):
+        return given
     known = layer_lists.linear_layers(model)
+    given = given or list(known)
     if modulation is None:
-        modulation = any(c.__name__ == "DiTTransformer2DModel" for c in type(model).__mro__)
-    if not modulation:
-        return list(known)
-    blocks, linears = known.blocks(), layer_lists.plain_linears(model)
-    for name, reason in known.kept.items():
+        whole = {info.name for info in known} <= {info.name for info in given}
+        modulation = whole and any(c.__name__ == "DiTTransformer2DModel" for c in type(model).__mro__)
+    blocks: dict[str, list[LinearInfo]] = {}
+    for info in given:
+        blocks.setdefault(info.block, []).append(info)
+    linears = layer_lists.plain_linears(model)
+    for name, reason in known.kept.items() if modulation else ():
         block = next((block for block in blocks if name.startswith(f"{block}.")), None)
         if reason == layer_lists.MODULATION and block is not None:
             size = (linears[name].in_features, linears[name].out_features)
@@ -388,6 +419,18 @@ class _Student:
         """Each once, though weights may share them."""
         return list({id(soft.codebook): soft.codebook for soft in self.soft.values()}.values())
 
+    def groups(self, settings: Settings) -> list[dict[str, Any]]:
+        """Codebooks and biases with their learning rates, as an optimizer takes them."""
+
+        def unit(codebook: Tensor) -> float:
+            return float(codebook.detach().square().mean().sqrt()) if settings.units == "relative" else 1.0
+
+        found = [{"params": [book], "lr": settings.codebook_rate * unit(book)} for book in self.codebooks()]
+        for name, bias in self.biases.items():
+            book = self.soft[_joined(name.rpartition(".")[0], "weight")].codebook
+            found.append({"params": [bias], "lr": settings.bias_rate * unit(book)})
+        return found
+
 
 def calibrate(
     student: _Student,
@@ -403,7 +446,7 @@ def calibrate(
     used, held = _split_calls(calls)
     before = _state(student)
     plain = student.hard_error(held)
-    unit = max(student.hard_error(used), 1e-30) if settings.distortion == "relative" else 1.0
+    unit = max(student.hard_error(used), 1e-30) if settings.units == "relative" else 1.0
     generator = torch.Generator().manual_seed(seed)
     parts = _parts(settings.steps + settings.codebook_steps, after_part)
     steps = _soften(student, used, settings, unit, generator, parts)
@@ -443,13 +486,8 @@ def _parts(total: int, after_part: Callable[[], None]) -> Callable[[int], None]:
 def _soften(student, calls, settings, unit, generator, parts) -> int:
     """The updates with soft assignments; returns how many there were."""
     softs = list(student.soft.values())
-    books, biases = student.codebooks(), list(student.biases.values())
-    groups = [
-        {"params": [soft.logits for soft in softs], "lr": settings.ratio_rate},
-        {"params": books, "lr": settings.codebook_rate},
-        {"params": biases, "lr": settings.bias_rate},
-    ]
-    optimizer = torch.optim.RMSprop([g for g in groups if g["params"]], alpha=settings.alpha)
+    ratios = {"params": [soft.logits for soft in softs], "lr": settings.ratio_rate}
+    optimizer = torch.optim.RMSprop([ratios, *student.groups(settings)], alpha=settings.alpha)
     lowest = float("inf")
     for step in range(settings.steps):
         open_softs = [soft for soft in softs if not soft.hard]
@@ -466,7 +504,7 @@ def _soften(student, calls, settings, unit, generator, parts) -> int:
                 soft.logits.grad[soft.frozen] = 0
         if settings.codebooks == "two_phase":
             waiting = {id(soft.codebook) for soft in open_softs}
-            for book in books:
+            for book in student.codebooks():
                 book.grad = None if id(book) in waiting else book.grad
         optimizer.step()
         for soft in open_softs:
@@ -485,11 +523,7 @@ def _ratio_factor(settings: Settings, step: int, doubt: float, lowest: float) ->
 
 def _polish(student, calls, settings, unit, generator, parts) -> None:
     """The updates of codebooks and biases under hard assignments, at rates that fall to zero."""
-    groups = [
-        {"params": student.codebooks(), "lr": settings.codebook_rate},
-        {"params": list(student.biases.values()), "lr": settings.bias_rate},
-    ]
-    optimizer = torch.optim.RMSprop([g for g in groups if g["params"]], alpha=settings.alpha)
+    optimizer = torch.optim.RMSprop(student.groups(settings), alpha=settings.alpha)
     rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(settings.codebook_steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
