@@ -343,6 +343,19 @@ def test_searched_transform_beats_none(tiny):
     assert 0 in sizes
 
 
+def test_bias_correction_takes_the_mean_error_away(tiny):
+    model, _, layers, found = tiny
+    plain = quantize(model, found, bits="w4a8", layers=layers).layers
+    corrected = quantize(model, found, bits="w4a8", layers=layers, bias_correction=True).layers
+    rows, name = found["blocks.0.up"].rows, "blocks.0.up"
+    exact = model.blocks[0].up(rows)
+    before, after = ((QuantLinear(some[name])(rows) - exact).mean(0).abs() for some in (plain, corrected))
+    assert after.max() < 1e-4 * exact.abs().max() < before.max()
+    assert corrected["blocks.0.down"].bias is None
+    planes = quantize(model, found, bits="w4a8-mp", precision="switchable", layers=layers, bias_correction=True)
+    assert torch.equal(planes.layers[name].bias, plain[name].bias)
+
+
 def test_presets_and_options_reach_the_layers(tiny):
     model, x, layers, found = tiny
     quantized = quantize(model, found, bits="w4a8", preset="opensora", layers=layers)

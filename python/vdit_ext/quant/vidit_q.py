@@ -23,7 +23,7 @@ from .calibration import Calibration, Progress
 from .hadamard import hadamard_block, random_signs, split_size
 from .layers import FFN, TEMPORAL, LinearInfo, linear_layers
 from .transform import InputTransform, channel_mask
-from .uniform import Grid, parse_bits, quantize_layers, round_weight, store, to_planes
+from .uniform import Grid, correct_biases, parse_bits, quantize_layers, round_weight, store, to_planes
 from .weights import Weight
 
 BITS = ("w8a8", "w6a6", "w4a8", "w4a8-mp")
@@ -55,6 +55,7 @@ def quantize(
     precision: str | Sequence[BitMap] = "released",
     symmetric: bool = False,
     clip: str = "minmax",
+    bias_correction: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
     layers: Iterable[LinearInfo] | None = None,
@@ -81,6 +82,8 @@ def quantize(
             "released", the shape of the authors' OpenSora map (:func:`released_map`); or "switchable": 8 bits
             everywhere, in planes that can be read as 4, to measure sensitivity with.
         symmetric, clip: of the weights' grids (:func:`vdit_ext.quant.uniform.round_weight`).
+        bias_correction: move the mean error of outputs into biases
+            (:func:`vdit_ext.quant.uniform.correct_biases`), which the paper does not do.
         seed: of the rotation's signs.
         progress: called with layers done, layers in all, and the layer's name.
         layers: which linears; by default :func:`vdit_ext.quant.linear_layers` of the model.
@@ -119,9 +122,12 @@ def quantize(
         return to_planes(grid) if len(levels[info.name]) > 1 else store(grid)
 
     found = quantize_layers(model, infos, transform_of, weight_of, progress)
+    if bias_correction:
+        found = correct_biases(model, found, calibration)
     report = {
         "bits": bits,
         "preset": preset,
+        "bias_correction": bias_correction,
         "groups": chosen,
         "average_weight_bits": average_bits(infos, intervals) if mixed else float(weight_bits),
     }
