@@ -138,8 +138,8 @@ def table(result: dict) -> str:
         "# Weights of 2 and 3 bits on the toy image model",
         "",
         f"{result['machine']['cpu']}, {result['machine']['threads']} threads, "
-        f"torch {result['versions']['torch']}. Toy results: {result['pictures']} pictures, linears {which} adaLN "
-        "modulation, activations in fp32.",
+        f"torch {result['versions']['torch']}. Toy results: {result['pictures']} pictures, linears {which} "
+        "adaLN modulation, activations in fp32.",
         "",
         "| method | bits | weight SNR dB | block SNR dB | PSNR dB | passed | KiB | s to quantize |",
         "|---|---|--:|--:|--:|--:|--:|--:|",

@@ -489,6 +489,7 @@ def test_named_layers_get_no_modulation_unless_it_is_asked_for():
     some = [info for info in every if info.kind == "ffn"]
     assert len(vq4dit.linears_of(model, every)) == 2 * 7, "all of a DiT's own"
     assert vq4dit.linears_of(model, some) == some
+    assert vq4dit.linears_of(model, vq4dit.linears_of(model)) == vq4dit.linears_of(model)
     assert len(vq4dit.linears_of(model, some, modulation=True)) == 2 * 3
     assert len(vq4dit.linears_of(model, {info.name: info for info in every}, modulation=False)) == 2 * 6
 

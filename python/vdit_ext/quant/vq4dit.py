@@ -371,10 +371,10 @@ def linears_of(
     blocks: dict[str, list[LinearInfo]] = {}
     for info in given:
         blocks.setdefault(info.block, []).append(info)
-    linears = layer_lists.plain_linears(model)
+    linears, named = layer_lists.plain_linears(model), {info.name for info in given}
     for name, reason in known.kept.items() if modulation else ():
         block = next((block for block in blocks if name.startswith(f"{block}.")), None)
-        if reason == layer_lists.MODULATION and block is not None:
+        if reason == layer_lists.MODULATION and block is not None and name not in named:
             size = (linears[name].in_features, linears[name].out_features)
             blocks[block].append(LinearInfo(name, block, layer_lists.MODULATION, name, *size))
     return [info for infos in blocks.values() for info in infos]
