@@ -218,3 +218,31 @@ def test_regional_compile_of_fused_blocks():
     want_prologues = [norm, plain, norm, plain, plain, plain, norm, "gelu_tanh"]
     assert len(graphs) == 1 and [p or plain for p in prologues] == want_prologues
     assert difference(got, want).cosine < 1e-8
+
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_group_offload_of_a_quantized_model(kind):
+    model = WIDE.build()
+    where = {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
+    blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    with accelerate(model, quant=make.quantized(model)) as handle:
+        want = {"leaf_level": unfused(model, handle), "block_level": run(model)}[kind]
+        model.enable_group_offload(**where, offload_type=kind, **blocks)
+        assert torch.equal(run(model), want)
+
+
+def test_a_cache_on_top_of_fused_blocks():
+    from diffusers import FirstBlockCacheConfig
+
+    model = WIDE.build()
+    plain = run(model)
+    handle = accelerate(model, quant=make.quantized(model))
+    want = run(model)
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    with model.cache_context("cond"):
+        first = run(model)
+    assert torch.equal(first, want)
+    model.disable_cache()
+    assert torch.equal(run(model), want)
+    handle.undo()
+    assert torch.equal(run(model), plain)
