@@ -287,6 +287,14 @@ def figure_cells(row: dict, timed: list[dict]) -> list[str]:
     ]
 
 
+def processor_speeds(row: dict) -> str:
+    """The first two figures by processor time of all threads, which other work on the machine moves less."""
+    ratios = {name: peer["cpu_ratio"] for name, peer in row["peers"].items() if "cpu_ratio" in peer}
+    bf16 = ratios.pop(BF16, None)
+    found = [bf16, max(ratios.values(), default=None)]
+    return ", ".join(f"{1 / ratio:.3f}" if ratio else "-" for ratio in found)
+
+
 def find(rows: list[dict], shape: str, op: str = "", **sizes) -> dict | None:
     wanted = {"shape": shape, **sizes}
     return next(
