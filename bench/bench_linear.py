@@ -261,6 +261,9 @@ def tables_of(rows: list[dict]) -> list[dict]:
         "weight / bf16",
     ]
     cells = [figure_cells(row, timed) for row in whole]
+    if any("cpu_us" in row for row in whole):
+        head.append("both speeds in processor time")
+        cells = [[*line, processor_speeds(row)] for line, row in zip(cells, whole, strict=True)]
     note = (
         "Speeds of quantization and product together: bf16 in, bf16 out. The 8-bit products (`_int_mm`, "
         "`_scaled_mm` and vLLM's, as far as they ran) begin with numbers of 8 bits and have no part in making "
