@@ -37,7 +37,7 @@ void run_quantize_rows_cpu(QuantizeRowsParams const& p, ParallelFor const& paral
 void run_linear_cpu(LinearParams const& p, ParallelFor const& parallel) {
   LinearCpuKernels const& kernel = kernels();
   std::vector<int32_t> x_sums;
-  if (p.format == WeightFormat::kInt8 || p.format == WeightFormat::kTable) {  // panels with an offset
+  if (p.format != WeightFormat::kInt4) {  // panels with an offset
     x_sums.resize(p.m);
     for_each_slice(parallel, p.m, 64,
                    [&](int64_t begin, int64_t end) { kernel.sum_rows(p, begin, end, x_sums.data()); });

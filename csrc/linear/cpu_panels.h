@@ -113,7 +113,7 @@ struct Int4Panel {
 };
 
 struct NibblePlanesPanel {
-  static constexpr int kOffset = 0;
+  static constexpr int kOffset = 128;
   uint8_t const *high, *low;
   Tiles tiles;
 

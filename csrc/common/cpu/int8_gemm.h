@@ -93,9 +93,8 @@ inline void finish_rows(LinearEpilogue const& e, int64_t n, GemmItem const& item
                         int offset, int32_t const* x_sums, int32_t* c) {
   int const columns = static_cast<int>(n - item.n0 < kGemmColumns ? n - item.n0 : kGemmColumns);
   for (int r = 0; r < count; ++r, c += kGemmColumns) {
-    uint32_t less = offset == 0 ? 0 : static_cast<uint32_t>(offset) * static_cast<uint32_t>(x_sums[m + r]);
-    if (e.code_offset != 0)
-      less -= static_cast<uint32_t>(e.code_offset) * static_cast<uint32_t>(e.x_sum[m + r]);
+    uint32_t const less =
+        offset == 0 ? 0 : static_cast<uint32_t>(offset) * static_cast<uint32_t>(x_sums[m + r]);
     if (less != 0)
       for (int i = 0; i < kGemmColumns; ++i) c[i] = static_cast<int32_t>(static_cast<uint32_t>(c[i]) - less);
     store_outputs(e, n, m + r, item.n0, columns, c);
