@@ -6,6 +6,7 @@
 #include "common/cpu/isa.h"
 #include "linear/path.h"
 #include "linear/tile.h"
+#include "vq/path.h"
 
 namespace py = pybind11;
 
@@ -103,6 +104,17 @@ py::dict linear_path(int64_t m, int64_t n, int64_t k, std::string const& format,
   return found;
 }
 
+py::dict vq_path(int64_t m, bool int8, std::string const& path, int compute_capability) {
+  vdit::VqPathChoice const choice = vdit::vq_path(m, int8, path, compute_capability, 80);
+  char const* const names[] = {"rows", "fused", "expand"};
+  py::dict found;
+  found["path"] = names[static_cast<int>(choice.path)];
+  found["expand_cost"] = choice.expand_cost;
+  found["fused_cost"] = choice.fused_cost;
+  found["text"] = choice.to_string();
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -130,4 +142,8 @@ PYBIND11_MODULE(_C, m) {
       "adds, as a fraction of the int8 product's), scratch_bytes, text, all of it in words, and for kernels of compute "
       "capability 8.0 tile. weight_format is int8, int4, nibble planes or table (of table_size 16 or 8); "
       "path is what the op was given. Raises RuntimeError for an unknown name.");
+  m.def("vq_path", &vq_path, py::arg("m"), py::kw_only(), py::arg("int8") = false, py::arg("path") = "auto",
+        py::arg("compute_capability") = 80,
+        "How vq_linear multiplies m rows on CUDA: path (rows, fused or expand), expand_cost and fused_cost (estimated "
+        "time beyond the stock product's, as a fraction of it), and text, all of it in words.");
 }
