@@ -552,6 +552,23 @@ VDIT_DEVICE uint32_t byte_perm(uint32_t lo, uint32_t hi, uint32_t selector) {
 #endif
 }
 
+// A product and a sum that the compiler does not fuse: for results that are the same bits wherever they are computed.
+VDIT_DEVICE float mul_rn(float a, float b) {
+#if defined(VDIT_EMU)
+  return a * b;
+#else
+  return __fmul_rn(a, b);
+#endif
+}
+
+VDIT_DEVICE float add_rn(float a, float b) {
+#if defined(VDIT_EMU)
+  return a + b;
+#else
+  return __fadd_rn(a, b);
+#endif
+}
+
 // The nearest integer, a half to even. |x| below 2^31 is asked for.
 VDIT_DEVICE int32_t round_to_int(float x) {
 #if defined(VDIT_EMU)

@@ -244,6 +244,9 @@ struct GemmS8Sm80 {
       EpilogueColumns const columns(e, column, count, wide);
       CUTE_UNROLL
       for (int i = 0; i < Tile::kMmaM; ++i) {
+        int64_t const first = m0 + Tile::warp_m() + 16 * i + lane_idx() / 4;
+        EpilogueRow const rows[2] = {{e, first, column, first < m ? count : 0, wide},
+                                     {e, first + 8, column, first + 8 < m ? count : 0, wide}};
         CUTE_UNROLL
         for (int h = 0; h < 2; ++h) {
           int32_t even[4], odd[4];
@@ -254,8 +257,8 @@ struct GemmS8Sm80 {
           quad_transpose(even);
           quad_transpose(odd);
           int32_t mine[8] = {even[0], odd[0], even[1], odd[1], even[2], odd[2], even[3], odd[3]};
-          int64_t const row = m0 + Tile::warp_m() + 16 * i + 8 * h + lane_idx() / 4;
-          if (row < m && count > 0) store_outputs(e, columns, row, n, column, count, wide, mine);
+          int64_t const row = first + 8 * h;
+          finish_outputs(e, columns, rows[h], row, n, column, row < m ? count : 0, wide, mine);
         }
       }
     }
