@@ -107,25 +107,27 @@ struct Int8LinearKernel {
   // from 2 (lane % 4) on. What goes to memory in two-byte types is first traded within quads, four tiles of 8 columns
   // at a time, so that a lane moves 8 neighbouring columns of a row.
 
-  static constexpr int kRows = 2 * kParts;  // of a lane
-  static constexpr int kColumnTiles = 4;    // that are traded
+  // NOTE: a part after another, and rows told by one number, although column scales are then read (from L1) once a
+  // part: with 192 sums a thread, all rows at a time would spill registers.
 
-  // What a lane's rows bring to all columns.
+  static constexpr int kRows = 2;         // of a lane and part
+  static constexpr int kColumnTiles = 4;  // that are traded
+
+  // What a lane's rows of a part bring to all columns.
   struct Rows {
-    int64_t token[kRows];
+    int32_t first, end;  // tokens; the rows are 8 apart
     float x_scale[kRows], x_sum[kRows];
-    bool there[kRows];
 
-    VDIT_DEVICE Rows(Params const& a, int64_t token0) {
+    VDIT_DEVICE Rows(Params const& a, int32_t token) : first(token), end(static_cast<int32_t>(a.m)) {
       LinearEpilogue const& e = a.epilogue;
       CUTE_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        token[i] = token0 + i / 2 * 64 + i % 2 * 8;
-        there[i] = token[i] < a.m;
-        x_scale[i] = there[i] && e.x_scale != nullptr ? e.x_scale[token[i]] : 1.f;
-        x_sum[i] = there[i] && e.x_sum != nullptr ? static_cast<float>(e.x_sum[token[i]]) : 0.f;
+        x_scale[i] = there(i) && e.x_scale != nullptr ? e.x_scale[this->token(i)] : 1.f;
+        x_sum[i] = there(i) && e.x_sum != nullptr ? static_cast<float>(e.x_sum[this->token(i)]) : 0.f;
       }
     }
+    VDIT_DEVICE int64_t token(int i) const { return first + i * 8; }
+    VDIT_DEVICE bool there(int i) const { return first + i * 8 < end; }
   };
 
   VDIT_DEVICE static float2 load_pair(float const* p, int64_t n, float without) {
@@ -150,23 +152,23 @@ struct Int8LinearKernel {
     float2 y;
     y.x = (static_cast<float>(sum0) + zero.x * rows.x_sum[i]) * (rows.x_scale[i] * scale.x) + bias.x;
     y.y = (static_cast<float>(sum1) + zero.y * rows.x_sum[i]) * (rows.x_scale[i] * scale.y) + bias.y;
-    if (e.gate != nullptr && rows.there[i]) {
-      float2 const gate = load_pair(e.gate, e.gate_dtype, epilogue_offset(e, e.stride_gate, rows.token[i]) + n);
+    if (e.gate != nullptr && rows.there(i)) {
+      float2 const gate = load_pair(e.gate, e.gate_dtype, epilogue_offset(e, e.stride_gate, rows.token(i)) + n);
       y.x *= gate.x, y.y *= gate.y;
     }
     return y;
   }
 
-  // 32 columns of all rows in a two-byte type.
-  VDIT_DEVICE static void store_halves(Params const& a, Rows const& rows, int64_t n0, int j, Sums const& sums) {
+  // 32 columns of the rows in a two-byte type; `sums` are those of the part's 32 columns.
+  VDIT_DEVICE static void store_halves(Params const& a, Rows const& rows, int64_t n0, int32_t const* sums) {
     LinearEpilogue const& e = a.epilogue;
     int64_t const own = n0 + lane_idx() % 4 * 8;  // the columns that this lane moves
     uint32_t out[kRows][kColumnTiles] = {};       // first the residual's, two columns a word
     if (e.residual != nullptr) {
       CUTE_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        if (!rows.there[i] || own >= a.n) continue;
-        int64_t const at = epilogue_offset(e, e.stride_residual, rows.token[i]) + own;
+        if (!rows.there(i) || own >= a.n) continue;
+        int64_t const at = epilogue_offset(e, e.stride_residual, rows.token(i)) + own;
         uint4 const v = *reinterpret_cast<uint4 const*>(static_cast<uint16_t const*>(e.residual) + at);
         out[i][0] = v.x, out[i][1] = v.y, out[i][2] = v.z, out[i][3] = v.w;
       }
@@ -181,7 +183,7 @@ struct Int8LinearKernel {
                    bias = load_pair(e.bias, n, 0.f);
       CUTE_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        int32_t const* const pair = &sums[i / 2][(j * kColumnTiles + tile) * 4 + i % 2 * 2];
+        int32_t const* const pair = &sums[tile * 4 + i * 2];
         float2 y = finish_pair(e, rows, i, n, scale, zero, bias, pair[0], pair[1]);
         if (e.residual != nullptr) {
           float2 const residual = unpack_pair(out[i][tile], e.out_dtype);
@@ -193,14 +195,14 @@ struct Int8LinearKernel {
     CUTE_UNROLL
     for (int i = 0; i < kRows; ++i) {
       quad_transpose(out[i]);
-      if (!rows.there[i] || own >= a.n) continue;
-      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(e.out) + rows.token[i] * a.n + own) =
+      if (!rows.there(i) || own >= a.n) continue;
+      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(e.out) + rows.token(i) * a.n + own) =
           uint4{out[i][0], out[i][1], out[i][2], out[i][3]};
     }
   }
 
   // The same in fp32, or the sums themselves: a quad's pairs are whole sectors of 32 bytes.
-  VDIT_DEVICE static void store_words(Params const& a, Rows const& rows, int64_t n0, int j, Sums const& sums) {
+  VDIT_DEVICE static void store_words(Params const& a, Rows const& rows, int64_t n0, int32_t const* sums) {
     LinearEpilogue const& e = a.epilogue;
     CUTE_UNROLL
     for (int tile = 0; tile < kColumnTiles; ++tile) {
@@ -210,9 +212,9 @@ struct Int8LinearKernel {
                    bias = load_pair(e.bias, n, 0.f);
       CUTE_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        if (!rows.there[i]) continue;
-        int32_t const* const pair = &sums[i / 2][(j * kColumnTiles + tile) * 4 + i % 2 * 2];
-        int64_t const at = rows.token[i] * a.n + n;
+        if (!rows.there(i)) continue;
+        int32_t const* const pair = &sums[tile * 4 + i * 2];
+        int64_t const at = rows.token(i) * a.n + n;
         if (e.raw_sums) {
           *reinterpret_cast<int2*>(static_cast<int32_t*>(e.out) + at) = int2{pair[0], pair[1]};
           continue;
@@ -220,7 +222,7 @@ struct Int8LinearKernel {
         float2 y = finish_pair(e, rows, i, n, scale, zero, bias, pair[0], pair[1]);
         if (e.residual != nullptr) {
           float2 const residual =
-              load_pair(e.residual, DType::kFloat32, epilogue_offset(e, e.stride_residual, rows.token[i]) + n);
+              load_pair(e.residual, DType::kFloat32, epilogue_offset(e, e.stride_residual, rows.token(i)) + n);
           y.x += residual.x, y.y += residual.y;
         }
         *reinterpret_cast<float2*>(static_cast<float*>(e.out) + at) = y;
@@ -229,14 +231,17 @@ struct Int8LinearKernel {
   }
 
   VDIT_DEVICE static void store(Params const& a, int64_t token0, int64_t output0, Sums const& sums) {
-    Rows const rows(a, token0);
     bool const words = a.epilogue.raw_sums || a.epilogue.out_dtype == DType::kFloat32;
-    if (words) {
-      CUTE_UNROLL
-      for (int j = 0; j < kOutputs / 32; ++j) store_words(a, rows, output0 + j * 32, j, sums);
-    } else {
-      CUTE_UNROLL
-      for (int j = 0; j < kOutputs / 32; ++j) store_halves(a, rows, output0 + j * 32, j, sums);
+    CUTE_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      Rows const rows(a, static_cast<int32_t>(token0) + part * 64);
+      if (words) {
+        CUTE_UNROLL
+        for (int j = 0; j < kOutputs / 32; ++j) store_words(a, rows, output0 + j * 32, &sums[part][j * 16]);
+      } else {
+        CUTE_UNROLL
+        for (int j = 0; j < kOutputs / 32; ++j) store_halves(a, rows, output0 + j * 32, &sums[part][j * 16]);
+      }
     }
   }
 
