@@ -1,9 +1,9 @@
 // The linear of int8 weights on wgmma and TMA, compute capability 9.0: both operands from shared memory.
 //
-// Tokens are the rows of the products and outputs their columns, so that a thread's sums lie as a row of the output
-// does. A producer thread loads stages of 128 channels; each of two consumer warpgroups has kParts x 64 tokens and all
-// of the tile's outputs. The second group starts some stages behind the first and stays there: while one stores its
-// tile, the other multiplies what the ring still holds.
+// Tokens are the rows of the products and outputs their columns, so that a thread's sums lie as a row of the
+// output does. A producer thread loads stages of 128 channels; each of two consumer warpgroups has kParts x
+// 64 tokens and all of the tile's outputs. The second group starts some stages behind the first and stays
+// there: while one stores its tile, the other multiplies what the ring still holds.
 #pragma once
 #include "common/gemm_sm90.cuh"
 
@@ -83,10 +83,11 @@ struct Int8LinearKernel {
     for (int part = 0; part < kParts; ++part) wgmma_fence_operand(sums[part]);
   }
 
-  // All stages of a tile. A stage is given back while the products of the next one run. `lead` is called after the
-  // last stage that the ring holds without a release by the other group.
+  // All stages of a tile. A stage is given back while the products of the next one run. `lead` is called
+  // after the last stage that the ring holds without a release by the other group.
   template <class Lead>
-  VDIT_DEVICE static void multiply(Params const& a, Shared& s, Place& at, int group, Sums& sums, Lead const& lead) {
+  VDIT_DEVICE static void multiply(Params const& a, Shared& s, Place& at, int group, Sums& sums,
+                                   Lead const& lead) {
     Barrier* previous = nullptr;
     fence_sums(sums);
     for (int32_t step = 0; step < a.steps; ++step, at.advance()) {
@@ -103,12 +104,12 @@ struct Int8LinearKernel {
   }
 
   // ---- Epilogue ------------------------------------------------------------------------------------------
-  // In the registers' own layout: a lane has rows lane / 4 and 8 below of each part, and of every 8 columns the two
-  // from 2 (lane % 4) on. What goes to memory in two-byte types is first traded within quads, four tiles of 8 columns
-  // at a time, so that a lane moves 8 neighbouring columns of a row.
+  // In the registers' own layout: a lane has rows lane / 4 and 8 below of each part, and of every 8 columns
+  // the two from 2 (lane % 4) on. What goes to memory in two-byte types is first traded within quads, four
+  // tiles of 8 columns at a time, so that a lane moves 8 neighbouring columns of a row.
 
-  // NOTE: a part after another, and rows told by one number, although column scales are then read (from L1) once a
-  // part: with 192 sums a thread, all rows at a time would spill registers.
+  // NOTE: a part after another, and rows told by one number, although column scales are then read (from L1)
+  // once a part: with 192 sums a thread, all rows at a time would spill registers.
 
   static constexpr int kRows = 2;         // of a lane and part
   static constexpr int kColumnTiles = 4;  // that are traded
@@ -136,7 +137,8 @@ struct Int8LinearKernel {
 
   // Two columns of a gate or a residual.
   VDIT_DEVICE static float2 load_pair(void const* base, DType dtype, int64_t at) {
-    if (dtype == DType::kFloat32) return *reinterpret_cast<float2 const*>(static_cast<float const*>(base) + at);
+    if (dtype == DType::kFloat32)
+      return *reinterpret_cast<float2 const*>(static_cast<float const*>(base) + at);
     return unpack_pair(*reinterpret_cast<uint32_t const*>(static_cast<uint16_t const*>(base) + at), dtype);
   }
   VDIT_DEVICE static float2 unpack_pair(uint32_t pair, DType dtype) {
@@ -147,13 +149,14 @@ struct Int8LinearKernel {
   }
 
   // Two columns of a row, without the residual.
-  VDIT_DEVICE static float2 finish_pair(LinearEpilogue const& e, Rows const& rows, int i, int64_t n, float2 scale,
-                                        float2 zero, float2 bias, int32_t sum0, int32_t sum1) {
+  VDIT_DEVICE static float2 finish_pair(LinearEpilogue const& e, Rows const& rows, int i, int64_t n,
+                                        float2 scale, float2 zero, float2 bias, int32_t sum0, int32_t sum1) {
     float2 y;
     y.x = (static_cast<float>(sum0) + zero.x * rows.x_sum[i]) * (rows.x_scale[i] * scale.x) + bias.x;
     y.y = (static_cast<float>(sum1) + zero.y * rows.x_sum[i]) * (rows.x_scale[i] * scale.y) + bias.y;
     if (e.gate != nullptr && rows.there(i)) {
-      float2 const gate = load_pair(e.gate, e.gate_dtype, epilogue_offset(e, e.stride_gate, rows.token(i)) + n);
+      float2 const gate =
+          load_pair(e.gate, e.gate_dtype, epilogue_offset(e, e.stride_gate, rows.token(i)) + n);
       y.x *= gate.x, y.y *= gate.y;
     }
     return y;
@@ -221,8 +224,8 @@ struct Int8LinearKernel {
         }
         float2 y = finish_pair(e, rows, i, n, scale, zero, bias, pair[0], pair[1]);
         if (e.residual != nullptr) {
-          float2 const residual =
-              load_pair(e.residual, DType::kFloat32, epilogue_offset(e, e.stride_residual, rows.token(i)) + n);
+          float2 const residual = load_pair(e.residual, DType::kFloat32,
+                                            epilogue_offset(e, e.stride_residual, rows.token(i)) + n);
           y.x += residual.x, y.y += residual.y;
         }
         *reinterpret_cast<float2*>(static_cast<float*>(e.out) + at) = y;

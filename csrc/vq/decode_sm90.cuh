@@ -1,5 +1,6 @@
-// How codes of int8 words become the first operand of wgmma: what RegisterWeightsKernel (common/gemm_sm90.cuh) asks
-// for. A quad of four neighbouring channels is one register of it; the layouts are those of vdit/vq.h.
+// How codes of int8 words become the first operand of wgmma: what RegisterWeightsKernel
+// (common/gemm_sm90.cuh) asks for. A quad of four neighbouring channels is one register of it; the layouts
+// are those of vdit/vq.h.
 #pragma once
 #include "common/device_sm90.h"
 #include "common/tma.h"
@@ -11,8 +12,8 @@ struct VqWeightsParams {
   void const* codebook;  // int8
 };
 
-// A strip has two tiles of 64 channels a stage. A quad's index among the eight of 32 channels is 2 n_sub + k_half, and
-// its place in the products' registers follows.
+// A strip has two tiles of 64 channels a stage. A quad's index among the eight of 32 channels is 2 n_sub +
+// k_half, and its place in the products' registers follows.
 template <class Words, int kTileBytes_>
 struct VqWeightsBase {
   using Operand = int8_t;
@@ -32,8 +33,8 @@ struct VqWeightsBase {
   }
 };
 
-// 256 words of four. Every lane has a copy of the codebook in its own bank: 32 lanes look up 32 words at once, whatever
-// they are.
+// 256 words of four. Every lane has a copy of the codebook in its own bank: 32 lanes look up 32 words at
+// once, whatever they are.
 struct VqWeights256x4 : VqWeightsBase<VqWeights256x4, 512> {
   struct Fixed {
     uint32_t words[256 * 32];
@@ -55,7 +56,8 @@ struct VqWeights256x4 : VqWeightsBase<VqWeights256x4, 512> {
     tma_load(codes, p.codes, full, 0, step * 2, strip);
   }
   VDIT_DEVICE static Raw fetch(char const* codes, int warp, int sub) {
-    uint2 const v = *reinterpret_cast<uint2 const*>(tile_of(codes, warp, sub) + lane_idx() * 16 + sub % 2 * 8);
+    uint2 const v =
+        *reinterpret_cast<uint2 const*>(tile_of(codes, warp, sub) + lane_idx() * 16 + sub % 2 * 8);
     return {{v.x, v.y}};
   }
   VDIT_DEVICE void decode(Raw const& raw, uint32_t (&a)[2][4]) const {
@@ -69,7 +71,8 @@ struct VqWeights256x4 : VqWeightsBase<VqWeights256x4, 512> {
   }
 };
 
-// 64 words of two, twice a quad. The codebook is 128 bytes, a word of each bank: two lanes never want two words of one.
+// 64 words of two, twice a quad. The codebook is 128 bytes, a word of each bank: two lanes never want two
+// words of one.
 struct VqWeights64x2 : VqWeightsBase<VqWeights64x2, 768> {
   struct Fixed {
     uint16_t words[64];
@@ -98,8 +101,8 @@ struct VqWeights64x2 : VqWeightsBase<VqWeights64x2, 768> {
   VDIT_DEVICE static uint32_t offset_of(Raw const& raw, int bit) {
     int const word = bit / 32, shift = bit % 32 - 1;
     if (shift < 0) return raw.indices[word] << 1 & 0x7eu;
-    uint64_t const two = static_cast<uint64_t>(word < 2 ? raw.indices[word < 2 ? word + 1 : 2] : 0u) << 32 |
-                         raw.indices[word];
+    uint64_t const two =
+        static_cast<uint64_t>(word < 2 ? raw.indices[word < 2 ? word + 1 : 2] : 0u) << 32 | raw.indices[word];
     return static_cast<uint32_t>(two >> shift) & 0x7eu;
   }
   VDIT_DEVICE void decode(Raw const& raw, uint32_t (&a)[2][4]) const {
