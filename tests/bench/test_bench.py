@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -16,8 +17,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 import bench_attention  # noqa: E402
-import bench_hopper  # noqa: E402
-import bench_layer  # noqa: E402
 import check_cuda  # noqa: E402
 import harness  # noqa: E402
 import run as bench_run  # noqa: E402
@@ -232,7 +231,7 @@ def test_gpu_script_arguments_parse():
     assert len(lines) >= 6
     for words in lines:
         args = bench_run.parse(words)
-        family = {"attention": bench_attention, "hopper": bench_hopper, "layer": bench_layer}[args.family]
+        family = importlib.import_module(f"bench_{args.family}")
         assert list(family.groups(args, "cuda")), words
 
 
