@@ -46,15 +46,19 @@ VDIT_DEVICE void release_stage(Barrier* empty) {
 
 // Activations of kTokens rows and weight codes of 256 outputs, as `Weights` keeps and decodes them:
 //
-//   using Operand                         what wgmma multiplies: int8_t, uint8_t (codes from 0 on), half_t,
-//   bfloat16_t struct Params                         tensor maps and tables struct Fixed in shared memory,
-//   the same for all tiles kStageBytes                           codes of 256 outputs and 128 bytes of k, a
-//   multiple of 128 fill(params, fixed)                   by all threads of the block, before all else
-//   load(params, codes, full, strip, step)  starts the copies of a stage, of the 8 strips of 32 outputs from
-//   `strip` Weights(params, fixed, output0)       a lane's state for the warp's 32 outputs Raw = fetch(codes,
-//   warp, sub)         a lane's codes of 32 bytes of k, of the strip `warp` (0 to 7) of a stage decode(raw,
-//   a)                        a[0] outputs 0 to 15 of the strip, a[1] 16 to 31, as wgmma takes them
-//   finish<product>(sum)                  what a sum of a[product] stands for
+//   Operand                         what wgmma multiplies: int8_t, or uint8_t for codes from 0 on
+//   Params                          tensor maps and tables
+//   Fixed                           in shared memory, the same for all tiles
+//   kStageBytes                     codes of 256 outputs and 128 bytes of k, a multiple of 128
+//   fill(params, fixed)             by all threads of the block, before all else
+//   load(params, codes, full, strip, step)
+//                                   starts a stage's copies, of the 8 strips of 32 outputs from `strip` on
+//   Weights(params, fixed, output0) a lane's state for the warp's 32 outputs
+//   Raw                             a lane's codes as they lie in memory
+//   fetch(codes, warp, sub, raw)    reads those of 32 bytes of k, of strip `warp` (0 to 7) of a stage, or does
+//                                   nothing where `raw` holds them already
+//   decode(raw, sub, a)             a[0] outputs 0 to 15 of the strip, a[1] 16 to 31, as wgmma takes them
+//   finish<product>(sum)            what a sum of a[product] stands for
 //
 // A producer thread loads; two consumer warpgroups have 128 outputs each. Warp w of a group takes 32-output
 // strip w: its first 16 rows go to one product and the others to a second one, since rows may be given to
@@ -134,14 +138,15 @@ struct RegisterWeightsKernel {
   VDIT_DEVICE static void multiply_stage(Shared& s, Place const& at, Weights const& weights, int warp,
                                          bool first, Sums& sums, Before const& before) {
     uint64_t const x = wgmma_descriptor(s.x[at.stage], SmemSwizzle::k128, 16, 8 * kStepBytes);
+    typename Weights::Raw raw;
     uint32_t a[2][2][4];  // by turns; the two products of a turn
     CUTE_UNROLL
     for (int sub = 0; sub < kSteps; ++sub) {
-      auto const raw = Weights::fetch(s.codes[at.stage], warp, sub);
+      Weights::fetch(s.codes[at.stage], warp, sub, raw);
       wgmma_wait<1>();  // what was decoded two turns ago has been multiplied
       if (sub == 1) before();
       auto& mine = a[sub % 2];
-      weights.decode(raw, mine);
+      weights.decode(raw, sub, mine);
       wgmma_fence_operand(mine[0]);
       wgmma_fence_operand(mine[1]);
       wgmma_fence();

@@ -47,8 +47,10 @@ struct Int4Weights {
   VDIT_DEVICE static void load(Params const& p, char* codes, Barrier* full, int strip, int step) {
     load_plane(p.codes, codes, full, strip, step);
   }
-  VDIT_DEVICE static Raw fetch(char const* codes, int warp, int sub) { return fetch_codes(codes, warp, sub); }
-  VDIT_DEVICE void decode(Raw const& raw, uint32_t (&a)[2][4]) const {
+  VDIT_DEVICE static void fetch(char const* codes, int warp, int sub, Raw& raw) {
+    raw = fetch_codes(codes, warp, sub);
+  }
+  VDIT_DEVICE void decode(Raw const& raw, int, uint32_t (&a)[2][4]) const {
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) {
       a[0][i] = raw.word[i] & kLowNibbles;
@@ -79,10 +81,10 @@ struct NibblePlaneWeights {
     load_plane(p.high, codes, full, strip, step);
     load_plane(p.low, codes + kPlaneBytes, full, strip, step);
   }
-  VDIT_DEVICE static Raw fetch(char const* codes, int warp, int sub) {
-    return {fetch_codes(codes, warp, sub), fetch_codes(codes + kPlaneBytes, warp, sub)};
+  VDIT_DEVICE static void fetch(char const* codes, int warp, int sub, Raw& raw) {
+    raw = {fetch_codes(codes, warp, sub), fetch_codes(codes + kPlaneBytes, warp, sub)};
   }
-  VDIT_DEVICE void decode(Raw const& raw, uint32_t (&a)[2][4]) const {
+  VDIT_DEVICE void decode(Raw const& raw, int, uint32_t (&a)[2][4]) const {
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) {
       uint32_t const high = raw.high.word[i] ^ 0x88888888u, low = raw.low.word[i];
@@ -133,10 +135,12 @@ struct TableWeights {
   VDIT_DEVICE static void load(Params const& p, char* codes, Barrier* full, int strip, int step) {
     load_plane(p.codes, codes, full, strip, step);
   }
-  VDIT_DEVICE static Raw fetch(char const* codes, int warp, int sub) { return fetch_codes(codes, warp, sub); }
+  VDIT_DEVICE static void fetch(char const* codes, int warp, int sub, Raw& raw) {
+    raw = fetch_codes(codes, warp, sub);
+  }
 
   // A word has the codes of one row: four of the first 16 channels, four of the others.
-  VDIT_DEVICE void decode(Raw const& raw, uint32_t (&a)[2][4]) const {
+  VDIT_DEVICE void decode(Raw const& raw, int, uint32_t (&a)[2][4]) const {
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) {
       uint32_t const codes = raw.word[i];
