@@ -104,15 +104,28 @@ struct Int8LinearKernel {
   }
 
   // ---- Epilogue ------------------------------------------------------------------------------------------
-  // In the registers' own layout: a lane has rows lane / 4 and 8 below of each part, and of every 8 columns
-  // the two from 2 (lane % 4) on. What goes to memory in two-byte types is first traded within quads, four
-  // tiles of 8 columns at a time, so that a lane moves 8 neighbouring columns of a row.
-
-  // NOTE: a part after another, and rows told by one number, although column scales are then read (from L1)
-  // once a part: with 192 sums a thread, all rows at a time would spill registers.
+  // In the registers' own layout: a lane has rows lane / 4 and 8 below of each part, and of every 8 columns the
+  // two from 2 (lane % 4) on. What goes to memory in two-byte types is first traded within quads, four tiles of
+  // 8 columns at a time, so that a lane moves 8 neighbouring columns of a row.
 
   static constexpr int kRows = 2;         // of a lane and part
-  static constexpr int kColumnTiles = 4;  // that are traded
+  static constexpr int kColumnTiles = 4;  // that are traded: 32 columns
+  static constexpr int kGroups = kOutputs / (8 * kColumnTiles);  // of columns
+  using Group = int32_t[kColumnTiles * 4];                       // a lane's sums of a part's 32 columns
+
+  // NOTE: registers have no index at run time. Choosing among copies of a few moves keeps the many instructions
+  // behind them from being there once for each group.
+  template <int kAt = 0>
+  VDIT_DEVICE static void pick_group(int at, Sums const& sums, Group& group) {
+    if (at == kAt) {
+      CUTE_UNROLL
+      for (int i = 0; i < kColumnTiles * 4; ++i) {
+        group[i] = not_hoisted(sums[kAt / kGroups][kAt % kGroups * kColumnTiles * 4 + i]);
+      }
+      return;
+    }
+    if constexpr (kAt + 1 < kParts * kGroups) pick_group<kAt + 1>(at, sums, group);
+  }
 
   // What a lane's rows of a part bring to all columns.
   struct Rows {
@@ -162,8 +175,8 @@ struct Int8LinearKernel {
     return y;
   }
 
-  // 32 columns of the rows in a two-byte type; `sums` are those of the part's 32 columns.
-  VDIT_DEVICE static void store_halves(Params const& a, Rows const& rows, int64_t n0, int32_t const* sums) {
+  // 32 columns of the rows in a two-byte type.
+  VDIT_DEVICE static void store_halves(Params const& a, Rows const& rows, int64_t n0, Group const& sums) {
     LinearEpilogue const& e = a.epilogue;
     int64_t const own = n0 + lane_idx() % 4 * 8;  // the columns that this lane moves
     uint32_t out[kRows][kColumnTiles] = {};       // first the residual's, two columns a word
@@ -205,7 +218,7 @@ struct Int8LinearKernel {
   }
 
   // The same in fp32, or the sums themselves: a quad's pairs are whole sectors of 32 bytes.
-  VDIT_DEVICE static void store_words(Params const& a, Rows const& rows, int64_t n0, int32_t const* sums) {
+  VDIT_DEVICE static void store_words(Params const& a, Rows const& rows, int64_t n0, Group const& sums) {
     LinearEpilogue const& e = a.epilogue;
     CUTE_UNROLL
     for (int tile = 0; tile < kColumnTiles; ++tile) {
@@ -235,15 +248,16 @@ struct Int8LinearKernel {
 
   VDIT_DEVICE static void store(Params const& a, int64_t token0, int64_t output0, Sums const& sums) {
     bool const words = a.epilogue.raw_sums || a.epilogue.out_dtype == DType::kFloat32;
-    CUTE_UNROLL
-    for (int part = 0; part < kParts; ++part) {
-      Rows const rows(a, static_cast<int32_t>(token0) + part * 64);
+    CUTE_NO_UNROLL
+    for (int at = 0; at < kParts * kGroups; ++at) {
+      Group group;
+      pick_group(at, sums, group);
+      Rows const rows(a, static_cast<int32_t>(token0) + at / kGroups * 64);
+      int64_t const n0 = output0 + at % kGroups * (8 * kColumnTiles);
       if (words) {
-        CUTE_UNROLL
-        for (int j = 0; j < kOutputs / 32; ++j) store_words(a, rows, output0 + j * 32, &sums[part][j * 16]);
+        store_words(a, rows, n0, group);
       } else {
-        CUTE_UNROLL
-        for (int j = 0; j < kOutputs / 32; ++j) store_halves(a, rows, output0 + j * 32, &sums[part][j * 16]);
+        store_halves(a, rows, n0, group);
       }
     }
   }
