@@ -108,8 +108,9 @@ struct EpilogueRow {
   }
 };
 
-// Finishes and stores row m, columns n0 .. n0 + count - 1 of [m, n]; Sum is int32_t or float. One rounding an operation
-// and no other fusing than the zero point's, as on the CPU: every kernel and path gives the same bits.
+// Finishes and stores row m, columns n0 .. n0 + count - 1 of [m, n]; Sum is int32_t or float. One rounding an
+// operation and no other fusing than the zero point's, as on the CPU: every kernel and path gives the same
+// bits.
 template <class Sum>
 VDIT_DEVICE void finish_outputs(LinearEpilogue const& e, EpilogueColumns const& columns,
                                 EpilogueRow const& row, int64_t m, int64_t n, int64_t n0, int count,
