@@ -59,16 +59,19 @@ inline double expand_cost(int64_t m, int compute_capability) {
   return (compute_capability >= 90 ? 253.0 : 221.0) / static_cast<double>(m > 0 ? m : 1);
 }
 
-// Time that unpacking adds to a product bound by arithmetic: integer instructions beside those of the tensor
-// cores, as far as they are not hidden behind these. NOTE: estimates from instruction counts, to be replaced
-// by measured ones. mma.sync leaves a warp's other lanes idle while it runs, wgmma hides more.
+// Time that unpacking adds to a product of many rows, beside that of int8 weights.
+// NOTE: calculated, to be replaced by measured times. With mma.sync (128 x 128 tiles on an A100) unpacking
+// takes 9, 19, 13 and 41 % of the products' cycles on the integer lanes for int4, planes and tables of 8 and
+// 16, most of it hidden behind the tensor cores; shared memory is as busy as with int8 weights (75 %), or 88
+// % with planes. With wgmma (sm90.md) shared memory is the limit: int8 weights fill it, packed ones leave
+// room, and planes need 9 % more.
 inline double fused_cost(WeightFormat format, int32_t table_size, int compute_capability) {
-  double const hidden = compute_capability >= 90 ? 0.5 : 1.0;
+  bool const sm90 = compute_capability >= 90, small_table = table_size == 8;
   switch (format) {
     case WeightFormat::kInt8: return 0;
-    case WeightFormat::kInt4: return 0.02 * hidden;
-    case WeightFormat::kNibblePlanes: return 0.04 * hidden;
-    default: return (table_size == 8 ? 0.05 : 0.10) * hidden;
+    case WeightFormat::kInt4: return sm90 ? 0 : 0.01;
+    case WeightFormat::kNibblePlanes: return sm90 ? 0.09 : 0.03;
+    default: return sm90 ? (small_table ? 0 : 0.02) : (small_table ? 0.015 : 0.05);
   }
 }
 
