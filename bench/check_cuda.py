@@ -30,7 +30,7 @@ for folder in (ROOT / "tests", ROOT / "bench"):
 if importlib.util.find_spec("vdit_ext") is None:
     sys.path.insert(0, str(ROOT / "python"))
 
-FAMILIES = ("attention", "linear")  # each has bench/check_<family>.py with OPS, Backend and named_cases()
+FAMILIES = ("attention", "linear", "vq")  # each has bench/check_<family>.py with OPS, Backend and named_cases()
 
 
 def worker(args: argparse.Namespace) -> int:

@@ -223,6 +223,7 @@ kernels=(sm80)
 CHECKS=(
   "attention"
   "linear"
+  "vq"
 )
 if wanted check; then
   for family in "${CHECKS[@]}"; do
@@ -285,6 +286,7 @@ TIMINGS=(
   "planner-cogvideox 60 attention --ops planner --shape cogvideox --seconds 4"
   "linear 240 linear --seconds 4 --min-rounds 3"
   "svg2-hunyuan 60 attention --ops svg2 --shape hunyuan --seconds 5 --min-rounds 3"
+  "vq 90 vq --seconds 2 --min-rounds 3"
 )
 if wanted timings; then
   for line in "${TIMINGS[@]}"; do

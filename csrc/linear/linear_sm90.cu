@@ -12,14 +12,16 @@ bool can_run_linear_sm90(LinearParams const& p) {
          p.n < (int64_t{1} << 30) && (p.m + 63) / 64 * ((p.n + 127) / 128) < (int64_t{1} << 30) &&
          all_multiples(16, {p.x, p.weight, planes ? p.weight_low : nullptr}, 1,
                        {p.m > 1 ? p.stride_x : 0, int8 && p.n > 1 ? p.stride_weight : 0}) &&
-         (!table || ((p.table_size == 8 || p.table_size == 16) && address(p.table) % p.table_size == 0));
+         (!int8 || epilogue_is_wide(p.epilogue, p.n)) &&
+         (!table || ((p.table_size == 8 || p.table_size == 16) && address(p.table) % 8 == 0));
 }
 
 void run_linear_sm90(LinearParams const& p, void* stream) {
   if (p.m == 0 || p.n == 0) return;
   if (!can_run_linear_sm90(p)) {
     throw std::runtime_error(
-        "vdit::linear: 16 to 65,536 channels, a multiple of 16, and rows at multiples of 16 bytes were expected by "
+        "vdit::linear: 16 to 65,536 channels, a multiple of 16, and rows at multiples of 16 bytes were "
+        "expected by "
         "the sm90 kernel, got others; call run_linear_sm80.");
   }
   auto const tile = pick_linear_tile_sm90(p, multiprocessors());

@@ -33,6 +33,7 @@ from .linear import (  # noqa: E402
     w4a8_linear,
     w8a8_linear,
 )
+from .vq import pack_vq, unpack_vq, vq_assign, vq_dequantize, vq_linear  # noqa: E402
 
 __all__ = [
     "LIBRARIES",
@@ -51,6 +52,7 @@ __all__ = [
     "mean_pool_blocks",
     "merge_attention",
     "pack_log4",
+    "pack_vq",
     "pack_w4",
     "permute_rows",
     "quantize_rows",
@@ -59,8 +61,12 @@ __all__ = [
     "topk_blocks",
     "topp_blocks",
     "unpack_log4",
+    "unpack_vq",
     "unpack_w4",
     "unpermute_rows",
+    "vq_assign",
+    "vq_dequantize",
+    "vq_linear",
     "w4a8_linear",
     "w8a8_linear",
 ]
