@@ -43,34 +43,100 @@ VDIT_DEVICE void store_raw_sums(int32_t* out, int count, bool wide, int32_t cons
   }
 }
 
-// Finishes and stores row m, columns n0 .. n0 + count - 1 of [m, n]; Sum is int32_t or float. `wide`: as
-// epilogue_is_wide (launch_util.cuh) said, and then n0 is a multiple of 8.
+// Eight neighbouring values of a gate or a residual as they lie in memory: two of a two-byte type a word, or one.
+struct RawColumns {
+  uint32_t word[8];
+};
+
+VDIT_DEVICE RawColumns load_raw_columns(void const* base, DType dtype, int64_t at, int count, bool wide) {
+  RawColumns raw = {};
+  bool const words = dtype == DType::kFloat32;
+  if (wide && count > 0) {
+    char const* const p = static_cast<char const*>(base) + at * (words ? 4 : 2);
+    uint4 const first = *reinterpret_cast<uint4 const*>(p);
+    raw.word[0] = first.x, raw.word[1] = first.y, raw.word[2] = first.z, raw.word[3] = first.w;
+    if (words) {
+      uint4 const second = *reinterpret_cast<uint4 const*>(p + 16);
+      raw.word[4] = second.x, raw.word[5] = second.y, raw.word[6] = second.z, raw.word[7] = second.w;
+    }
+    return raw;
+  }
+  CUTE_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    if (i >= count) continue;
+    if (words) {
+      raw.word[i] = static_cast<uint32_t const*>(base)[at + i];
+    } else {
+      raw.word[i / 2] |= static_cast<uint32_t>(static_cast<uint16_t const*>(base)[at + i]) << (i % 2 * 16);
+    }
+  }
+  return raw;
+}
+
+VDIT_DEVICE void unpack_columns(RawColumns const& raw, DType dtype, float (&v)[8]) {
+  CUTE_UNROLL
+  for (int i = 0; i < 8; i += 2) {
+    float2 const pair = dtype == DType::kFloat16 ? unpack2<cute::half_t>(raw.word[i / 2])
+                                                 : unpack2<cute::bfloat16_t>(raw.word[i / 2]);
+    bool const words = dtype == DType::kFloat32;
+    v[i] = words ? detail::bits_as<float>(raw.word[i]) : pair.x;
+    v[i + 1] = words ? detail::bits_as<float>(raw.word[i + 1]) : pair.y;
+  }
+}
+
+// What row m brings to the columns n0 .. n0 + count - 1. Apart from finish_outputs, so that the loads of several rows
+// are on their way at a time. `wide`: as epilogue_is_wide (launch_util.cuh) said, and then n0 is a multiple of 8.
+struct EpilogueRow {
+  float x_scale = 1.f;
+  int32_t x_sum = 0;
+  RawColumns gate, residual;
+
+  VDIT_DEVICE EpilogueRow(LinearEpilogue const& e, int64_t m, int64_t n0, int count, bool wide) {
+    if (count <= 0 || e.raw_sums) return;
+    if (e.x_scale != nullptr) x_scale = e.x_scale[m];
+    if (e.x_sum != nullptr) x_sum = e.x_sum[m];
+    if (e.gate != nullptr) {
+      gate = load_raw_columns(e.gate, e.gate_dtype, epilogue_offset(e, e.stride_gate, m) + n0, count, wide);
+    }
+    if (e.residual != nullptr) {
+      residual = load_raw_columns(e.residual, e.out_dtype, epilogue_offset(e, e.stride_residual, m) + n0, count, wide);
+    }
+  }
+};
+
+// Finishes and stores row m, columns n0 .. n0 + count - 1 of [m, n]; Sum is int32_t or float.
 template <class Sum>
-VDIT_DEVICE void store_outputs(LinearEpilogue const& e, EpilogueColumns const& columns, int64_t m, int64_t n,
-                               int64_t n0, int count, bool wide, Sum const (&sums)[8]) {
-  float const x_scale = e.x_scale == nullptr ? 1.f : e.x_scale[m];
-  int32_t const x_sum = e.x_sum == nullptr ? 0 : e.x_sum[m];
+VDIT_DEVICE void finish_outputs(LinearEpilogue const& e, EpilogueColumns const& columns, EpilogueRow const& row,
+                                int64_t m, int64_t n, int64_t n0, int count, bool wide, Sum const (&sums)[8]) {
+  if (count <= 0) return;
   if constexpr (std::is_same<Sum, int32_t>::value) {
     if (e.raw_sums) return store_raw_sums(static_cast<int32_t*>(e.out) + m * n + n0, count, wide, sums);
   }
   float y[8];
   CUTE_UNROLL
   for (int i = 0; i < 8; ++i) {
-    float const whole = static_cast<float>(sums[i]) + columns.zero[i] * static_cast<float>(x_sum);
-    y[i] = whole * (x_scale * columns.scale[i]) + columns.bias[i];
+    float const whole = static_cast<float>(sums[i]) + columns.zero[i] * static_cast<float>(row.x_sum);
+    y[i] = whole * (row.x_scale * columns.scale[i]) + columns.bias[i];
   }
   float other[8];
   if (e.gate != nullptr) {
-    load8(e.gate, e.gate_dtype, epilogue_offset(e, e.stride_gate, m) + n0, count, wide, other);
+    unpack_columns(row.gate, e.gate_dtype, other);
     CUTE_UNROLL
     for (int i = 0; i < 8; ++i) y[i] *= other[i];
   }
   if (e.residual != nullptr) {
-    load8(e.residual, e.out_dtype, epilogue_offset(e, e.stride_residual, m) + n0, count, wide, other);
+    unpack_columns(row.residual, e.out_dtype, other);
     CUTE_UNROLL
     for (int i = 0; i < 8; ++i) y[i] += other[i];
   }
   store8(e.out, e.out_dtype, m * n + n0, count, wide, y);
+}
+
+template <class Sum>
+VDIT_DEVICE void store_outputs(LinearEpilogue const& e, EpilogueColumns const& columns, int64_t m, int64_t n,
+                               int64_t n0, int count, bool wide, Sum const (&sums)[8]) {
+  EpilogueRow const row(e, m, n0, count, wide);
+  finish_outputs(e, columns, row, m, n, n0, count, wide, sums);
 }
 
 }  // namespace vdit

@@ -106,6 +106,7 @@ struct RegisterWeightsKernel {
 
   using Place = StageRing<kStages>;
   using Sums = Sum[2][kTokens / 2];
+  static constexpr int kParts = kTokens / 16;  // in which they are stored
 
   // ---- Producer: one thread ------------------------------------------------------------------------------
 
@@ -188,29 +189,52 @@ struct RegisterWeightsKernel {
     }
   }
 
-  template <int kPart>
-  VDIT_DEVICE static void store_parts(Params const& a, EpilogueColumns const& columns, int64_t token0, int64_t n0,
-                                      int count, Sums const& sums, Sum* staging) {
-    sync_warp();  // the last part's rows have been read
-    stage_sums<kPart>(sums, staging);
-    sync_warp();
-    CUTE_NO_UNROLL
-    for (int row = lane_idx() / 4; row < 16; row += 8) {
-      int64_t const token = token0 + kPart * 16 + row;
-      if (token >= a.m || count <= 0) continue;
-      Sum values[8];
-      memcpy(values, __builtin_assume_aligned(staging + row * kPitch + lane_idx() % 4 * 8, 16), sizeof(values));
-      store_outputs(a.epilogue, columns, token, a.n, n0, count, a.wide, values);
-    }
-    if constexpr (kPart + 1 < kTokens / 16) store_parts<kPart + 1>(a, columns, token0, n0, count, sums, staging);
+  // NOTE: registers have no index at run time. Choosing among copies of the few instructions that stage them keeps the
+  // many behind it from being there once for each part.
+  template <int kPart = 0>
+  VDIT_DEVICE static void stage_part(int part, Sums const& sums, Sum* staging) {
+    if (part == kPart) return stage_sums<kPart>(sums, staging);
+    if constexpr (kPart + 1 < kParts) stage_part<kPart + 1>(part, sums, staging);
   }
 
-  // A warp's 32 outputs of all tokens.
+  // Of this lane's eight outputs: how many there are in row `token`.
+  VDIT_DEVICE static int count_of(Params const& a, int64_t token, int64_t n0) {
+    return token < a.m ? static_cast<int>(clamp_to(a.n - n0, int64_t{0}, int64_t{8})) : 0;
+  }
+
+  // A warp's 32 outputs of all tokens, 16 tokens at a time: a lane has eight outputs of two of them.
   VDIT_DEVICE static void store(Params const& a, int64_t token0, int64_t output0, Sums const& sums, Sum* staging) {
     int64_t const n0 = output0 + lane_idx() % 4 * 8;
-    int const count = static_cast<int>(clamp_to(a.n - n0, int64_t{0}, int64_t{8}));
-    EpilogueColumns const columns(a.epilogue, n0, count, a.wide);
-    store_parts<0>(a, columns, token0, n0, count, sums, staging);
+    int64_t token = token0 + lane_idx() / 4;
+    LinearEpilogue const& e = a.epilogue;
+    EpilogueColumns const columns(e, n0, count_of(a, 0, n0), a.wide);
+    CUTE_NO_UNROLL
+    for (int part = 0; part < kParts; ++part, token += 16) {
+      int const count0 = count_of(a, token, n0), count1 = count_of(a, token + 8, n0);
+      EpilogueRow const row0(e, token, n0, count0, a.wide), row1(e, token + 8, n0, count1, a.wide);
+      sync_warp();  // the last part's rows have been read
+      stage_part(part, sums, staging);
+      sync_warp();
+      Sum const* const mine = staging + lane_idx() / 4 * kPitch + lane_idx() % 4 * 8;
+      finish_row(a, columns, row0, token, n0, count0, mine);
+      finish_row(a, columns, row1, token + 8, n0, count1, mine + 8 * kPitch);
+    }
+  }
+  VDIT_DEVICE static void finish_row(Params const& a, EpilogueColumns const& columns, EpilogueRow const& row,
+                                     int64_t token, int64_t n0, int count, Sum const* staged) {
+    Sum values[8];
+    memcpy(values, __builtin_assume_aligned(staged, 16), sizeof(values));
+    finish_outputs(a.epilogue, columns, row, token, a.n, n0, count, a.wide, values);
+  }
+
+  // The residual's rows of a tile come to L2 while it is multiplied.
+  VDIT_DEVICE static void prefetch_residual(Params const& a, int64_t token0, int64_t output0) {
+    LinearEpilogue const& e = a.epilogue;
+    if (e.residual == nullptr || output0 >= a.n) return;
+    int64_t const bytes = e.out_dtype == DType::kFloat32 ? 4 : 2;
+    for (int64_t token = token0 + lane_idx(); token < token0 + kTokens && token < a.m; token += 32) {
+      prefetch_l2(static_cast<char const*>(e.residual) + (epilogue_offset(e, e.stride_residual, token) + output0) * bytes);
+    }
   }
 
   VDIT_DEVICE static void consume(Params const& a, Shared& s, int group) {
@@ -222,6 +246,7 @@ struct RegisterWeightsKernel {
       auto const tile = a.order.at(i);
       int64_t const output0 = static_cast<int64_t>(tile.output) * kOutputs + warp * 32;
       Weights const weights(a.weights, s.fixed, output0);
+      prefetch_residual(a, static_cast<int64_t>(tile.token) * kTokens, output0);
       Sums sums;
       multiply(a, s, at, weights, warp, sums, [&](int32_t) {
         if (leads) named_arrive(1, 128 * kConsumers);

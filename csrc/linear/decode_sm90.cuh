@@ -60,9 +60,9 @@ struct Int4Weights {
   }
 };
 
-// Codes 0 to 255 from two planes.
+// Codes 0 to 255 from two planes, less 128: that turns the highest bit around.
 struct NibblePlaneWeights {
-  using Operand = uint8_t;
+  using Operand = int8_t;
   using Fixed = NoFixed;
   static constexpr int kStageBytes = 2 * kPlaneBytes;
   struct Raw {
@@ -84,7 +84,7 @@ struct NibblePlaneWeights {
   VDIT_DEVICE void decode(Raw const& raw, uint32_t (&a)[2][4]) const {
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      uint32_t const high = raw.high.word[i], low = raw.low.word[i];
+      uint32_t const high = raw.high.word[i] ^ 0x88888888u, low = raw.low.word[i];
       a[0][i] = (high << 4 & kHighNibbles) | (low & kLowNibbles);
       a[1][i] = (high & kHighNibbles) | (low >> 4 & kLowNibbles);
     }
@@ -106,7 +106,7 @@ struct TableWeights {
   static constexpr int kWords = kTableSize / 4;
   struct Params {
     TensorMap codes;
-    int8_t const* table;  // [n, kTableSize], rows on multiples of their size
+    int8_t const* table;  // [n, kTableSize], on a multiple of 8 bytes
     int64_t n;
   };
 
@@ -122,12 +122,10 @@ struct TableWeights {
     }
   }
   VDIT_DEVICE static void load_row(int8_t const* row, uint32_t (&words)[kWords]) {
-    if constexpr (kWords == 4) {
-      uint4 const v = *reinterpret_cast<uint4 const*>(row);
-      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-    } else {
-      uint2 const v = *reinterpret_cast<uint2 const*>(row);
-      words[0] = v.x, words[1] = v.y;
+    CUTE_UNROLL
+    for (int i = 0; i < kWords; i += 2) {
+      uint2 const v = *reinterpret_cast<uint2 const*>(row + i * 4);
+      words[i] = v.x, words[i + 1] = v.y;
     }
   }
   VDIT_DEVICE static void fill(Params const&, Fixed&) {}

@@ -29,7 +29,7 @@ struct Int8LinearKernel {
     TileOrder order;
     int64_t m, n;
     int32_t steps;  // stages a tile
-    bool wide;      // epilogue_is_wide
+    bool wide;      // epilogue_is_wide; must be
   };
 
   struct Shared {
@@ -102,33 +102,155 @@ struct Int8LinearKernel {
     release_stage(previous);
   }
 
-  // Four tiles of 8 columns, of one row: a lane has two columns of each, and gets all of one.
-  VDIT_DEVICE static void gather_columns(int32_t const* sums, int half, int32_t (&row)[8]) {
+  // ---- Epilogue ------------------------------------------------------------------------------------------
+  // In the registers' own layout: a lane has rows lane / 4 and 8 below of each part, and of every 8 columns the two
+  // from 2 (lane % 4) on. What goes to memory in two-byte types is first traded within quads, four tiles of 8 columns
+  // at a time, so that a lane moves 8 neighbouring columns of a row.
+
+  static constexpr int kRows = 2 * kParts;  // of a lane
+  static constexpr int kColumnTiles = 4;    // that are traded
+
+  // What a lane's rows bring to all columns.
+  struct Rows {
+    int64_t token[kRows];
+    float x_scale[kRows], x_sum[kRows];
+    bool there[kRows];
+
+    VDIT_DEVICE Rows(Params const& a, int64_t token0) {
+      LinearEpilogue const& e = a.epilogue;
+      CUTE_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        token[i] = token0 + i / 2 * 64 + i % 2 * 8;
+        there[i] = token[i] < a.m;
+        x_scale[i] = there[i] && e.x_scale != nullptr ? e.x_scale[token[i]] : 1.f;
+        x_sum[i] = there[i] && e.x_sum != nullptr ? static_cast<float>(e.x_sum[token[i]]) : 0.f;
+      }
+    }
+  };
+
+  VDIT_DEVICE static float2 load_pair(float const* p, int64_t n, float without) {
+    return p == nullptr ? float2{without, without} : *reinterpret_cast<float2 const*>(p + n);
+  }
+
+  // Two columns of a gate or a residual.
+  VDIT_DEVICE static float2 load_pair(void const* base, DType dtype, int64_t at) {
+    if (dtype == DType::kFloat32) return *reinterpret_cast<float2 const*>(static_cast<float const*>(base) + at);
+    return unpack_pair(*reinterpret_cast<uint32_t const*>(static_cast<uint16_t const*>(base) + at), dtype);
+  }
+  VDIT_DEVICE static float2 unpack_pair(uint32_t pair, DType dtype) {
+    return dtype == DType::kFloat16 ? unpack2<cute::half_t>(pair) : unpack2<cute::bfloat16_t>(pair);
+  }
+  VDIT_DEVICE static uint32_t pack_pair(float2 v, DType dtype) {
+    return dtype == DType::kFloat16 ? pack2<cute::half_t>(v.x, v.y) : pack2<cute::bfloat16_t>(v.x, v.y);
+  }
+
+  // Two columns of a row, without the residual.
+  VDIT_DEVICE static float2 finish_pair(LinearEpilogue const& e, Rows const& rows, int i, int64_t n, float2 scale,
+                                        float2 zero, float2 bias, int32_t sum0, int32_t sum1) {
+    float2 y;
+    y.x = (static_cast<float>(sum0) + zero.x * rows.x_sum[i]) * (rows.x_scale[i] * scale.x) + bias.x;
+    y.y = (static_cast<float>(sum1) + zero.y * rows.x_sum[i]) * (rows.x_scale[i] * scale.y) + bias.y;
+    if (e.gate != nullptr && rows.there[i]) {
+      float2 const gate = load_pair(e.gate, e.gate_dtype, epilogue_offset(e, e.stride_gate, rows.token[i]) + n);
+      y.x *= gate.x, y.y *= gate.y;
+    }
+    return y;
+  }
+
+  // 32 columns of all rows in a two-byte type.
+  VDIT_DEVICE static void store_halves(Params const& a, Rows const& rows, int64_t n0, int j, Sums const& sums) {
+    LinearEpilogue const& e = a.epilogue;
+    int64_t const own = n0 + lane_idx() % 4 * 8;  // the columns that this lane moves
+    uint32_t out[kRows][kColumnTiles] = {};       // first the residual's, two columns a word
+    if (e.residual != nullptr) {
+      CUTE_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        if (!rows.there[i] || own >= a.n) continue;
+        int64_t const at = epilogue_offset(e, e.stride_residual, rows.token[i]) + own;
+        uint4 const v = *reinterpret_cast<uint4 const*>(static_cast<uint16_t const*>(e.residual) + at);
+        out[i][0] = v.x, out[i][1] = v.y, out[i][2] = v.z, out[i][3] = v.w;
+      }
+      CUTE_UNROLL
+      for (int i = 0; i < kRows; ++i) quad_transpose(out[i]);
+    }
     CUTE_UNROLL
-    for (int pair = 0; pair < 2; ++pair) {
-      int32_t v[4];
+    for (int tile = 0; tile < kColumnTiles; ++tile) {
+      int64_t const n = n0 + tile * 8 + lane_idx() % 4 * 2;
+      if (n0 + tile * 8 >= a.n) continue;
+      float2 const scale = load_pair(e.weight_scale, n, 1.f), zero = load_pair(e.weight_zero, n, 0.f),
+                   bias = load_pair(e.bias, n, 0.f);
       CUTE_UNROLL
-      for (int i = 0; i < 4; ++i) v[i] = sums[i * 4 + half * 2 + pair];
-      quad_transpose(v);
+      for (int i = 0; i < kRows; ++i) {
+        int32_t const* const pair = &sums[i / 2][(j * kColumnTiles + tile) * 4 + i % 2 * 2];
+        float2 y = finish_pair(e, rows, i, n, scale, zero, bias, pair[0], pair[1]);
+        if (e.residual != nullptr) {
+          float2 const residual = unpack_pair(out[i][tile], e.out_dtype);
+          y.x += residual.x, y.y += residual.y;
+        }
+        out[i][tile] = pack_pair(y, e.out_dtype);
+      }
+    }
+    CUTE_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      quad_transpose(out[i]);
+      if (!rows.there[i] || own >= a.n) continue;
+      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(e.out) + rows.token[i] * a.n + own) =
+          uint4{out[i][0], out[i][1], out[i][2], out[i][3]};
+    }
+  }
+
+  // The same in fp32, or the sums themselves: a quad's pairs are whole sectors of 32 bytes.
+  VDIT_DEVICE static void store_words(Params const& a, Rows const& rows, int64_t n0, int j, Sums const& sums) {
+    LinearEpilogue const& e = a.epilogue;
+    CUTE_UNROLL
+    for (int tile = 0; tile < kColumnTiles; ++tile) {
+      int64_t const n = n0 + tile * 8 + lane_idx() % 4 * 2;
+      if (n0 + tile * 8 >= a.n) continue;
+      float2 const scale = load_pair(e.weight_scale, n, 1.f), zero = load_pair(e.weight_zero, n, 0.f),
+                   bias = load_pair(e.bias, n, 0.f);
       CUTE_UNROLL
-      for (int i = 0; i < 4; ++i) row[i * 2 + pair] = v[i];
+      for (int i = 0; i < kRows; ++i) {
+        if (!rows.there[i]) continue;
+        int32_t const* const pair = &sums[i / 2][(j * kColumnTiles + tile) * 4 + i % 2 * 2];
+        int64_t const at = rows.token[i] * a.n + n;
+        if (e.raw_sums) {
+          *reinterpret_cast<int2*>(static_cast<int32_t*>(e.out) + at) = int2{pair[0], pair[1]};
+          continue;
+        }
+        float2 y = finish_pair(e, rows, i, n, scale, zero, bias, pair[0], pair[1]);
+        if (e.residual != nullptr) {
+          float2 const residual =
+              load_pair(e.residual, DType::kFloat32, epilogue_offset(e, e.stride_residual, rows.token[i]) + n);
+          y.x += residual.x, y.y += residual.y;
+        }
+        *reinterpret_cast<float2*>(static_cast<float*>(e.out) + at) = y;
+      }
     }
   }
 
   VDIT_DEVICE static void store(Params const& a, int64_t token0, int64_t output0, Sums const& sums) {
-    CUTE_UNROLL
-    for (int j = 0; j < kOutputs / 32; ++j) {
-      int64_t const n0 = output0 + j * 32 + lane_idx() % 4 * 8;
-      int const count = static_cast<int>(clamp_to(a.n - n0, int64_t{0}, int64_t{8}));
-      EpilogueColumns const columns(a.epilogue, n0, count, a.wide);
+    Rows const rows(a, token0);
+    bool const words = a.epilogue.raw_sums || a.epilogue.out_dtype == DType::kFloat32;
+    if (words) {
       CUTE_UNROLL
-      for (int i = 0; i < kParts * 2; ++i) {
-        int32_t row[8];
-        gather_columns(&sums[i / 2][j * 16], i % 2, row);
-        int64_t const token = token0 + i * 8 + i / 2 * 48;
-        if (token < a.m && count > 0) store_outputs(a.epilogue, columns, token, a.n, n0, count, a.wide, row);
-      }
+      for (int j = 0; j < kOutputs / 32; ++j) store_words(a, rows, output0 + j * 32, j, sums);
+    } else {
+      CUTE_UNROLL
+      for (int j = 0; j < kOutputs / 32; ++j) store_halves(a, rows, output0 + j * 32, j, sums);
     }
+  }
+
+  // The residual's rows of a tile come to L2 while it is multiplied: a thread a token.
+  VDIT_DEVICE static void prefetch_residual(Params const& a, int64_t token0, int64_t output0) {
+    LinearEpilogue const& e = a.epilogue;
+    if (e.residual == nullptr) return;
+    int64_t const bytes = e.out_dtype == DType::kFloat32 ? 4 : 2;
+    int64_t const token = token0 + thread_idx() % (64 * kParts);
+    if (token >= a.m) return;
+    char const* const row =
+        static_cast<char const*>(e.residual) + epilogue_offset(e, e.stride_residual, token) * bytes;
+    int64_t const end = (output0 + kOutputs < a.n ? output0 + kOutputs : a.n) * bytes;
+    for (int64_t at = output0 * bytes; at < end; at += 128) prefetch_l2(row + at);
   }
 
   VDIT_DEVICE static void consume(Params const& a, Shared& s, int group) {
@@ -136,16 +258,17 @@ struct Int8LinearKernel {
     bool leads = group == 0 && block_idx_x() < a.order.count();
     if (group == 1 && block_idx_x() < a.order.count()) named_sync(1, 128 * kConsumers);
     for (int32_t i = block_idx_x(); i < a.order.count(); i += grid_dim_x()) {
+      auto const tile = a.order.at(i);
+      int64_t const token0 = static_cast<int64_t>(tile.token) * kTokens + group * (kParts * 64);
+      int64_t const output0 = static_cast<int64_t>(tile.output) * kOutputs;
+      prefetch_residual(a, token0, output0);
       Sums sums;
       multiply(a, s, at, group, sums, [&] {
         if (leads) named_arrive(1, 128 * kConsumers);
         leads = false;
       });
-      auto const tile = a.order.at(i);
       int const thread = not_hoisted(thread_idx());
-      int64_t const token0 = static_cast<int64_t>(tile.token) * kTokens + group * (kParts * 64) +
-                             thread / 32 % 4 * 16 + thread % 32 / 4;
-      store(a, token0, static_cast<int64_t>(tile.output) * kOutputs, sums);
+      store(a, token0 + thread / 32 % 4 * 16 + thread % 32 / 4, output0, sums);
     }
   }
 

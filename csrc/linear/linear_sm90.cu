@@ -12,7 +12,8 @@ bool can_run_linear_sm90(LinearParams const& p) {
          p.n < (int64_t{1} << 30) && (p.m + 63) / 64 * ((p.n + 127) / 128) < (int64_t{1} << 30) &&
          all_multiples(16, {p.x, p.weight, planes ? p.weight_low : nullptr}, 1,
                        {p.m > 1 ? p.stride_x : 0, int8 && p.n > 1 ? p.stride_weight : 0}) &&
-         (!table || ((p.table_size == 8 || p.table_size == 16) && address(p.table) % p.table_size == 0));
+         (!int8 || epilogue_is_wide(p.epilogue, p.n)) &&
+         (!table || ((p.table_size == 8 || p.table_size == 16) && address(p.table) % 8 == 0));
 }
 
 void run_linear_sm90(LinearParams const& p, void* stream) {

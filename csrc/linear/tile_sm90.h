@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 
+#include "common/gemm_tile_sm90.h"
 #include "vdit/linear.h"
 
 namespace vdit {
@@ -44,22 +45,15 @@ constexpr LinearTilesSm90 linear_tiles_sm90(WeightFormat format) {
   }
 }
 
-inline int64_t linear_tiles_of(LinearTileSm90 const& tile, int64_t m, int64_t n) {
-  return (m + tile.tokens - 1) / tile.tokens * ((n + tile.outputs - 1) / tile.outputs);
-}
-
 // The large tile, unless the small one keeps the multiprocessors busy with less padding and fewer idle ones.
-// NOTE: that a small tile takes 1.3 times as long for the same products is an estimate from its traffic.
 inline LinearTileSm90 pick_linear_tile_sm90(LinearParams const& p, int multiprocessors) {
   auto const tiles = linear_tiles_sm90(p.format);
   auto const rounds = [&](LinearTileSm90 const& tile) {
-    int64_t const count = linear_tiles_of(tile, p.m, p.n);
-    return static_cast<double>((count + multiprocessors - 1) / multiprocessors) * tile.tokens * tile.outputs;
+    return gemm_rounds_sm90(p.m, p.n, tile.tokens, tile.outputs, multiprocessors);
   };
-  LinearTileSm90 tile = rounds(tiles.large) <= 1.3 * rounds(tiles.small) ? tiles.large : tiles.small;
-  // Activations of a group stay in L2 (a third of its 50 MB) while all weights pass by.
-  int64_t const bytes = static_cast<int64_t>(tile.tokens) * (p.k > 0 ? p.k : 1), fitting = (int64_t{16} << 20) / bytes;
-  tile.group = static_cast<int>(fitting < 1 ? 1 : fitting > 32 ? 32 : fitting);
+  bool const large = rounds(tiles.large) <= kSmallTileCostSm90 * rounds(tiles.small);
+  LinearTileSm90 tile = large ? tiles.large : tiles.small;
+  tile.group = gemm_group_sm90(p.k, tile.tokens);
   return tile;
 }
 

@@ -26,12 +26,27 @@ struct CudaVq {
   // The product with an expanded weight is rounded to x's type before the epilogue: not chosen for a wider result.
   static VqPathChoice path(VqLinearParams const& p, std::string const& asked, Tensor const& like) {
     bool const wider = !p.is_int8 && p.epilogue.out_dtype != p.dtype;
-    return vq_path(p.m, p.is_int8, asked == "auto" && wider ? "fused" : asked, device_capability(like), 80);
+    return vq_path(p.m, p.is_int8, asked == "auto" && wider ? "fused" : asked, device_capability(like),
+                   kernel_capability(p, like));
+  }
+
+  // Of the kernel that multiplies: 90, or 80 for any other GPU.
+  static int kernel_capability([[maybe_unused]] VqLinearParams const& p, [[maybe_unused]] Tensor const& like) {
+#ifdef VDIT_HAS_SM90
+    static bool const asked = is_sm90_asked("VDIT_VQ_KERNEL");
+    if (use_sm90(like, asked) && can_run_vq_linear_sm90(p)) return 90;
+#endif
+    return 80;
   }
 
   static void run(Scope& s, VqAssignParams const& p, Tensor const&) { run_vq_assign_sm80(p, s.stream); }
   static void run(Scope& s, VqDequantizeParams const& p, Tensor const&) { run_vq_dequantize_sm80(p, s.stream); }
-  static void run(Scope& s, VqLinearParams const& p, Tensor const&) { run_vq_linear_sm80(p, s.stream); }
+  static void run(Scope& s, VqLinearParams const& p, Tensor const& like) {
+#ifdef VDIT_HAS_SM90
+    if (kernel_capability(p, like) == 90) return run_vq_linear_sm90(p, s.stream);
+#endif
+    run_vq_linear_sm80(p, s.stream);
+  }
   static void run(Scope& s, LinearParams const& p, Tensor const&) { run_linear_sm80(p, s.stream); }
 
   // torch's own linear, which on a GPU is cuBLAS.

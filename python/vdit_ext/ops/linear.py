@@ -282,8 +282,8 @@ def expand_w4(
         weight_low: a second plane of tiles, the low nibbles of int8 codes ``16 * high + low - 128``.
 
     Returns:
-        The codes as they are, 0 to 15, or with ``weight_low`` -128 to 127. A view of rows padded with zeros to a
-        multiple of 16 bytes.
+        The codes as they are, 0 to 15, or with ``weight_low`` -128 to 127. A view of rows padded with zeros to
+        a multiple of 16 bytes.
 
     Raises:
         RuntimeError: one sentence, for tiles that do not belong to the sizes.
@@ -484,9 +484,9 @@ def w4a8_linear(
         x_sum: int32 of x's leading shape, the sums of x's codes.
         weight: uint8 tiles ``[ceil(N/32), ceil(K/32), 512]`` of :func:`pack_w4`.
         weight_scale, weight_zero: fp32 ``[N]``.
-        weight_low: a second plane of tiles: code = 16 * high + low - 128, the int8 code of :func:`w8a8_linear` with
-            the same zero and scale, and the same bits in the result. One pair of planes so serves a layer at eight
-            bits and, without this argument, at four (with scales and zeros of their own).
+        weight_low: a second plane of tiles: code = 16 * high + low - 128, the int8 code of :func:`w8a8_linear`
+            with the same zero and scale, and the same bits in the result. One pair of planes so serves a layer
+            at eight bits and, without this argument, at four (with scales and zeros of their own).
         path: ``"fused"`` widens the codes on their way to the product, ``"expand"`` writes them as int8 first
             (:func:`expand_w4`), ``"auto"`` takes what is faster for the shape. The sums are the same.
         x, x_scale, bias, gate, residual, out_dtype: as :func:`w8a8_linear`; with int32, ``weight_zero`` is not

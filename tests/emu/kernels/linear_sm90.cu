@@ -73,7 +73,8 @@ Weights make_weights(Format format, int table_size, int64_t n, int64_t k, std::m
     w.codes[i] = static_cast<uint8_t>(c);
     w.values[i] = format == Format::kInt8    ? static_cast<int8_t>(c)
                   : format == Format::kTable ? w.table[i / size_t(k) * size_t(table_size) + size_t(c)]
-                                             : c;
+                  : format == Format::kInt4  ? c
+                                             : c - 128;
   }
   if (format == Format::kInt8) {
     w.stride = k + 32;
@@ -182,12 +183,11 @@ void test_epilogue() {
     e.weight_scale = scale.data(), e.weight_zero = zero.data(), e.bias = bias.data();
     e.gate = gate.data(), e.stride_gate = {s.n, 0}, e.rows_per_batch = 50;  // three batches
     e.residual = residual.data(), e.stride_residual = {50 * s.n, s.n};
-    e.code_offset = -3;
     e.out = out.data(), e.out_dtype = DType::kFloat32;
     run_tile(problem.p, true);
     for (int64_t i = 0; i < s.m * s.n; ++i) {
       int64_t const row = i / s.n, column = i % s.n;
-      double const sum = static_cast<double>(problem.sums[size_t(i)] - 3 * x_sum[size_t(row)]) +
+      double const sum = static_cast<double>(problem.sums[size_t(i)]) +
                          double(zero[size_t(column)]) * x_sum[size_t(row)];
       double y = sum * x_scale[size_t(row)] * scale[size_t(column)] + bias[size_t(column)];
       y = y * gate[size_t(row / 50 * s.n + column)] + residual[size_t(i)];
