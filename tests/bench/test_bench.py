@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -16,8 +17,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 import bench_attention  # noqa: E402
-import bench_hopper  # noqa: E402
-import bench_layer  # noqa: E402
 import check_cuda  # noqa: E402
 import harness  # noqa: E402
 import run as bench_run  # noqa: E402
@@ -197,8 +196,8 @@ def test_gpu_script_dry_run():
     assert shell("bash", "-n", "bench/build_fa3.sh").returncode == 0
     names = stages_of()
     # Correctness first, then the figures, then the rest; without a GPU, 9.0 is taken.
-    assert names[:5] == ["environment", "build", "loads", "check_attention", "check_linear"]
-    assert names[5:9] == ["check_attention_sm90", "check_linear_sm90", "figures-sm90", "figures-sm80"]
+    assert names[:6] == ["environment", "build", "loads", "check_attention", "check_linear", "check_vq"]
+    assert names[6:10] == ["check_attention_sm90", "check_linear_sm90", "figures-sm90", "figures-sm80"]
     assert names.index("layer") < names.index("sanitizer_memcheck_sm90") < names.index("planner-hunyuan")
     assert names[-1] == "counters_sm80" and {"svg2-hunyuan", "overlap-sm90"} <= set(names)
     checkers = {
@@ -232,7 +231,7 @@ def test_gpu_script_arguments_parse():
     assert len(lines) >= 6
     for words in lines:
         args = bench_run.parse(words)
-        family = {"attention": bench_attention, "hopper": bench_hopper, "layer": bench_layer}[args.family]
+        family = importlib.import_module(f"bench_{args.family}")
         assert list(family.groups(args, "cuda")), words
 
 

@@ -64,7 +64,11 @@ def run_other_ops(ops, case, inputs) -> None:
 
 
 def run_vq_ops(ops, case) -> None:
-    for dim, dtype, path in ((4, torch.bfloat16, "fused"), (2, torch.float16, "expand"), (2, torch.int8, "fused")):
+    for dim, dtype, path in (
+        (4, torch.bfloat16, "fused"),
+        (2, torch.float16, "expand"),
+        (2, torch.int8, "fused"),
+    ):
         inputs = vq_cases.make_linear(case, dim, dtype)
         ops.vq_linear(*inputs.args, **inputs.kwargs, path=path)
         ops.vq_dequantize(inputs.codes, inputs.codebook, case.n, case.k)
