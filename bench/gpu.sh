@@ -284,14 +284,16 @@ TIMINGS=(
   "planner-hunyuan 60 attention --ops planner --shape hunyuan --seconds 4"
   "planner-wan14b 60 attention --ops planner --shape wan14b --seconds 4"
   "planner-cogvideox 60 attention --ops planner --shape cogvideox --seconds 4"
+  "linear 240 linear --seconds 4 --min-rounds 3"
   "svg2-hunyuan 60 attention --ops svg2 --shape hunyuan --seconds 5 --min-rounds 3"
   "vq 90 vq --seconds 2 --min-rounds 3"
 )
 if wanted timings; then
   for line in "${TIMINGS[@]}"; do
     read -r name limit arguments <<< "$line"
+    export VDIT_ATTENTION_KERNEL="${kernels[0]}" VDIT_LINEAR_KERNEL="${kernels[0]}"
     # shellcheck disable=SC2086  # the arguments are words
-    VDIT_ATTENTION_KERNEL=${kernels[0]} stage "$name" "$limit" "$python" bench/run.py $arguments --device cuda \
+    stage "$name" "$limit" "$python" bench/run.py $arguments --device cuda \
       --out "$out" --name "${date}_gpu_$name"
   done
 fi

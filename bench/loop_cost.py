@@ -1,12 +1,13 @@
-"""Instructions of a stage in the main loops for compute capability 9.0: block_sparse_attention, and the products of
-the linear and the vq family.
+"""Instructions of a stage in the main loops for compute capability 9.0, by pipe: block_sparse_attention, and
+the products of the linear and the vq family.
 
     python bench/loop_cost.py LIBRARY_OR_OBJECT [--cuobjdump PATH]
 
-Reads the machine code (cuobjdump -sass, which comes with the CUDA toolkit; no GPU is needed). Attention's loop is the
-one around the second product's wgmma; what it jumps over in the usual case (the scores' sign, the last stage's
-mask, raised maxima) is left out. The loop of an int8 product is the one around all of its wgmma. A scheduler issues
-one instruction a cycle, for a quarter of the consumers' warps; integer ones take two cycles of its ALU.
+Reads the machine code (cuobjdump -sass, which comes with the CUDA toolkit; no GPU is needed). Attention's loop
+is the one around the second product's wgmma; what it jumps over in the usual case (the scores' sign, the last
+stage's mask, raised maxima) is left out. The loop of an int8 product is the one around all of its wgmma. A
+scheduler issues one instruction a cycle, for a quarter of the consumers' warps; integer ones take its ALU for
+two cycles.
 """
 
 from __future__ import annotations

@@ -11,8 +11,7 @@ typename Kernel::Params gemm_params(P const& p, int element_bytes, int group) {
   typename Kernel::Params a;
   a.epilogue = p.epilogue;
   if (a.epilogue.rows_per_batch >= p.m) a.epilogue.rows_per_batch = p.m;
-  a.x = make_tensor_map(p.x, element_bytes, {p.k, p.m},
-                        {p.m > 1 ? p.stride_x * element_bytes : int64_t{16}},
+  a.x = make_tensor_map(p.x, element_bytes, {p.k, p.m}, {p.m > 1 ? p.stride_x * element_bytes : int64_t{16}},
                         {kStepBytes / element_bytes, Kernel::kTokens}, SmemSwizzle::k128);
   a.m = p.m, a.n = p.n;
   a.order = {static_cast<int32_t>(ceil_div(p.m, Kernel::kTokens)),
@@ -24,7 +23,8 @@ typename Kernel::Params gemm_params(P const& p, int element_bytes, int group) {
 
 template <class Kernel>
 void launch_persistent(typename Kernel::Params const& a, void* stream) {
-  int64_t const tiles = static_cast<int64_t>(a.order.token_tiles) * a.order.output_tiles, blocks = multiprocessors();
+  int64_t const tiles = static_cast<int64_t>(a.order.token_tiles) * a.order.output_tiles,
+                blocks = multiprocessors();
   launch<Kernel>(Grid{blocks < tiles ? blocks : tiles, 1, 1}, Kernel::smem_bytes(), stream, a);
 }
 

@@ -47,7 +47,10 @@ struct Int8Panel {
         row[i] = reinterpret_cast<uint8_t const*>(weight) + at * stride + k0;
       }
       uint8_t* const out = panel + column * 4;
-      for (int at = 0; at < whole; at += kStep) transpose_words(row, at, out + at / 4 * kPanelPitch);
+      for (int at = 0; at < whole; at += kStep) {
+        for (int i = 0; i < Simd::kLanes; ++i) __builtin_prefetch(row[i] + at + 4 * kStep);
+        transpose_words(row, at, out + at / 4 * kPanelPitch);
+      }
       for (int i = 0; i < Simd::kLanes; ++i) copy_rest(row[i], whole, k0, depth, out + i * 4);
     }
   }
@@ -65,8 +68,8 @@ struct Int8Panel {
 
 // ---- tiles ----
 
-// A tile of 32 x 32 codes as eight quads (neighbours in k) of 32 columns: out[quad * pitch + 4 * column].
-// Past the last tile of n the one before is read: those columns go nowhere.
+// A tile of 32 x 32 codes as eight quads (neighbours in k) of 32 columns: out[quad * kPanelPitch + 4 *
+// column]. Past the last tile of n the one before is read: those columns go nowhere.
 struct Tiles {
   int64_t n, k;
 
@@ -89,12 +92,12 @@ inline void for_tiles(int64_t n0, int64_t k0, int depth, uint8_t* panel, Widen c
 
 // Word `at` of a tile of 4-bit codes holds its row of eight, quad, half and sub-row (linear.h) as 16 row + 4
 // quad + 2 half + sub; the low nibbles are columns 8 sub + row, the high ones 16 more.
-inline void widen_nibbles(uint8_t const* tile, uint8_t* out, int64_t pitch) {
+inline void widen_nibbles(uint8_t const* tile, uint8_t* out) {
   for (int row = 0; row < 8; ++row)
     for (int quad = 0; quad < 8; ++quad)
       for (int sub = 0; sub < 2; ++sub) {
         uint32_t const word = load_word(tile + 4 * (16 * row + 4 * (quad % 4) + 2 * (quad / 4) + sub));
-        uint8_t* const to = out + quad * pitch + 4 * (8 * sub + row);
+        uint8_t* const to = out + quad * kPanelPitch + 4 * (8 * sub + row);
         store_word(to, word & 0x0f0f0f0fu);
         store_word(to + 64, word >> 4 & 0x0f0f0f0fu);
       }
@@ -106,9 +109,8 @@ struct Int4Panel {
   Tiles tiles;
 
   void fill(uint8_t* panel, int64_t n0, int64_t k0, int depth) const {
-    for_tiles(n0, k0, depth, panel, [&](int64_t n, int64_t k, uint8_t* out) {
-      widen_nibbles(weight + tiles.offset(n, k), out, kPanelPitch);
-    });
+    for_tiles(n0, k0, depth, panel,
+              [&](int64_t n, int64_t k, uint8_t* out) { widen_nibbles(weight + tiles.offset(n, k), out); });
   }
 };
 
@@ -120,11 +122,11 @@ struct NibblePlanesPanel {
   void fill(uint8_t* panel, int64_t n0, int64_t k0, int depth) const {
     for_tiles(n0, k0, depth, panel, [&](int64_t n, int64_t k, uint8_t* out) {
       int64_t const at = tiles.offset(n, k);
-      widen_planes(high + at, low + at, out, kPanelPitch);
+      widen_planes(high + at, low + at, out);
     });
   }
 
-  static void widen_planes(uint8_t const* high, uint8_t const* low, uint8_t* out, int64_t pitch) {
+  static void widen_planes(uint8_t const* high, uint8_t const* low, uint8_t* out) {
     uint8_t joined[2][kTileBytes];  // the codes of the low nibbles, then of the high ones
     for (int i = 0; i < kTileBytes; ++i) {
       joined[0][i] = static_cast<uint8_t>(high[i] << 4 | (low[i] & 15));
@@ -134,12 +136,46 @@ struct NibblePlanesPanel {
       for (int quad = 0; quad < 8; ++quad)
         for (int sub = 0; sub < 2; ++sub) {
           int const from = 4 * (16 * row + 4 * (quad % 4) + 2 * (quad / 4) + sub);
-          uint8_t* const to = out + quad * pitch + 4 * (8 * sub + row);
+          uint8_t* const to = out + quad * kPanelPitch + 4 * (8 * sub + row);
           store_word(to, load_word(joined[0] + from));
           store_word(to + 64, load_word(joined[1] + from));
         }
   }
 };
+
+// ---- tables ----
+
+#if defined(__AVX512BW__)
+
+// Sixteen entries a row, those of a row of eight twice. Words 0 to 3 of every lane (linear.h) belong to rows
+// 0 and 8 of a tile's sub-rows, words 4 to 7 to rows 16 and 24: two rows of tables for a vector of codes.
+inline __m512i look_up(__m512i codes, __m128i first, __m128i second) {
+  __m512i const one = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(first), codes);
+  return _mm512_mask_shuffle_epi8(one, 0xff00ff00ff00ff00ull, _mm512_broadcast_i32x4(second), codes);
+}
+
+// tables[n] are the entries of row n, with 128 added.
+inline void widen_table_tile(uint8_t const* tile, __m128i const (&tables)[kTileCodes], uint8_t* out) {
+  Simd::Vec words[16];  // by row (0 to 7 of sub-rows 0 and 1, then of 2 and 3), then by column
+  __m512i const nibble = _mm512_set1_epi8(15);
+  for (int row = 0; row < 8; ++row) {
+    __m512i const both = _mm512_loadu_si512(tile + 64 * row);
+    __m512i const even = _mm512_and_si512(both, nibble);
+    __m512i const odd = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+    words[row] = _mm512_castsi512_ps(look_up(_mm512_unpacklo_epi8(even, odd), tables[row], tables[8 + row]));
+    words[8 + row] =
+        _mm512_castsi512_ps(look_up(_mm512_unpackhi_epi8(even, odd), tables[16 + row], tables[24 + row]));
+  }
+  Simd::transpose(words);
+  for (int quad = 0; quad < 8; ++quad) {
+    int const at = quad % 4 * 4 + quad / 4;
+    float* const to = reinterpret_cast<float*>(out + quad * kPanelPitch);
+    Simd::store(to, _mm512_shuffle_f32x4(words[at], words[at + 2], 0x44));
+    Simd::store(to + 16, _mm512_shuffle_f32x4(words[at], words[at + 2], 0xee));
+  }
+}
+
+#endif
 
 // Entries of a row's table, with 128 added. Three-bit codes leave bit 3 unread.
 struct TablePanel {
@@ -150,26 +186,34 @@ struct TablePanel {
   Tiles tiles;
 
   void fill(uint8_t* panel, int64_t n0, int64_t k0, int depth) const {
-    for_tiles(n0, k0, depth, panel, [&](int64_t n, int64_t k, uint8_t* out) {
-      widen_tile(weight + tiles.offset(n, k), n, out, kPanelPitch);
-    });
+    for (int column = 0; column < kGemmColumns; column += kTileCodes) {
+      alignas(16) uint8_t entries[kTileCodes][16];
+      for (int row = 0; row < kTileCodes; ++row) copy_entries(n0 + column + row, entries[row]);
+      for (int at = 0; at < depth; at += kTileCodes)
+        widen_tile(weight + tiles.offset(n0 + column, k0 + at), entries,
+                   panel + at / 4 * kPanelPitch + column * 4);
+    }
   }
 
-  void widen_tile(uint8_t const* tile, int64_t n, uint8_t* out, int64_t pitch) const {
-    for (int row = 0; row < kTileCodes; ++row) {
-      int64_t const at = n + row < tiles.n ? n + row : tiles.n - 1;
-      int8_t const* const entries = table + at * table_size;
+ private:
+  void copy_entries(int64_t n, uint8_t* entries) const {
+    int8_t const* const from = table + (n < tiles.n ? n : tiles.n - 1) * table_size;
+    for (int i = 0; i < 16; ++i) entries[i] = static_cast<uint8_t>(from[i & (table_size - 1)] ^ 0x80);
+  }
+
+  static void widen_tile(uint8_t const* tile, uint8_t const (&entries)[kTileCodes][16], uint8_t* out) {
+#if defined(__AVX512BW__)
+    __m128i tables[kTileCodes];
+    std::memcpy(tables, entries, sizeof tables);
+    widen_table_tile(tile, tables, out);
+#else
+    for (int row = 0; row < kTileCodes; ++row)
       for (int quad = 0; quad < 8; ++quad) {
-        int const lane = row % 8 * 4 + quad % 4, word = quad / 4 + row / 8 * 2;
-        uint8_t const* const codes = tile + 16 * lane + 2 * word;
-        uint32_t const four = codes[0] | static_cast<uint32_t>(codes[1]) << 8;
-        uint32_t bytes = 0;
-        for (int t = 0; t < 4; ++t)
-          bytes |= static_cast<uint32_t>(static_cast<uint8_t>(entries[four >> 4 * t & (table_size - 1)]))
-                   << 8 * t;
-        store_word(out + quad * pitch + 4 * row, bytes ^ 0x80808080u);
+        uint8_t const* const codes = tile + 16 * (row % 8 * 4 + quad % 4) + 2 * (quad / 4 + row / 8 * 2);
+        uint8_t* const to = out + quad * kPanelPitch + 4 * row;
+        for (int t = 0; t < 4; ++t) to[t] = entries[row][codes[t / 2] >> t % 2 * 4 & 15];
       }
-    }
+#endif
   }
 };
 

@@ -6,8 +6,8 @@
 
 namespace vdit::sm90 {
 
-// The tiles [n / 32, k / 32] of 512 bytes of a plane of codes; boxes of 4 tiles along k x 8 strips. As values of two
-// bytes, because a box has at most 256 along a side.
+// The tiles [n / 32, k / 32] of 512 bytes of a plane of codes; boxes of 4 tiles along k x 8 strips. As values
+// of two bytes, because a box has at most 256 along a side.
 inline TensorMap map_plane(void const* plane, int64_t n, int64_t k) {
   int64_t const tiles = ceil_div(k, 32);
   return make_tensor_map(plane, 2, {256, tiles, ceil_div(n, 32)}, {512, tiles * 512}, {256, 4, 8},

@@ -30,11 +30,17 @@ struct CudaVq {
                    kernel_capability(p, like));
   }
 
+#ifdef VDIT_HAS_SM90
+  static bool use_sm90_kernels(Tensor const& like) {
+    static bool const asked = is_sm90_asked("VDIT_VQ_KERNEL");
+    return use_sm90(like, asked);
+  }
+#endif
+
   // Of the kernel that multiplies: 90, or 80 for any other GPU.
   static int kernel_capability([[maybe_unused]] VqLinearParams const& p, [[maybe_unused]] Tensor const& like) {
 #ifdef VDIT_HAS_SM90
-    static bool const asked = is_sm90_asked("VDIT_VQ_KERNEL");
-    if (use_sm90(like, asked) && can_run_vq_linear_sm90(p)) return 90;
+    if (use_sm90_kernels(like) && can_run_vq_linear_sm90(p)) return 90;
 #endif
     return 80;
   }
@@ -47,7 +53,12 @@ struct CudaVq {
 #endif
     run_vq_linear_sm80(p, s.stream);
   }
-  static void run(Scope& s, LinearParams const& p, Tensor const&) { run_linear_sm80(p, s.stream); }
+  static void run(Scope& s, LinearParams const& p, [[maybe_unused]] Tensor const& like) {
+#ifdef VDIT_HAS_SM90
+    if (use_sm90_kernels(like) && can_run_linear_sm90(p)) return run_linear_sm90(p, s.stream);
+#endif
+    run_linear_sm80(p, s.stream);
+  }
 
   // torch's own linear, which on a GPU is cuBLAS.
   static Tensor torch_linear(Tensor const& x, Tensor const& weight, std::optional<Tensor> const& bias) {

@@ -1,5 +1,5 @@
-// Which tile vq_linear gets on compute capability 9.0: what was decided, apart from what was asked (the launch
-// struct). Pure host code.
+// Which tile vq_linear gets on compute capability 9.0: what was decided, apart from what was asked (the
+// launch struct). Pure host code.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -18,8 +18,8 @@ struct VqTileSm90 {
 
   std::string to_string() const {
     return std::string("vq_linear sm90: ") + (format == VqFormat::k256x4 ? "256 x 4" : "64 x 2") + ", " +
-           std::to_string(tokens) + " tokens x " + std::to_string(outputs) + " outputs, " + std::to_string(stages) +
-           " stages of 128, tokens by " + std::to_string(group) + " tiles";
+           std::to_string(tokens) + " tokens x " + std::to_string(outputs) + " outputs, " +
+           std::to_string(stages) + " stages of 128, tokens by " + std::to_string(group) + " tiles";
   }
 };
 

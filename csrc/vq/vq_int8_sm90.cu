@@ -1,4 +1,5 @@
-// vq_linear of int8 words for sm90: words are looked up where the registers of wgmma's first operand are filled.
+// vq_linear of int8 words for sm90: words are looked up where the registers of wgmma's first operand are
+// filled.
 #include "common/gemm_launch_sm90.h"
 #include "vq/decode_sm90.cuh"
 #include "vq/tile_sm90.h"
@@ -14,8 +15,9 @@ template <class Weights>
 TensorMap map_vq_tiles(VqLinearParams const& p) {
   constexpr int kPieces = Weights::kTileBytes > 512 ? 2 : 1, kPiece = Weights::kTileBytes / kPieces;
   int64_t const tiles = ceil_div(p.k, 64), pieces = tiles * kPieces;
-  return make_tensor_map(p.codes, 2, {kPiece / 2, pieces, ceil_div(p.n, 32)}, {kPiece, tiles * Weights::kTileBytes},
-                         {kPiece / 2, 2 * kPieces, 8}, SmemSwizzle::kNone);
+  return make_tensor_map(p.codes, 2, {kPiece / 2, pieces, ceil_div(p.n, 32)},
+                         {kPiece, tiles * Weights::kTileBytes}, {kPiece / 2, 2 * kPieces, 8},
+                         SmemSwizzle::kNone);
 }
 
 template <class Weights, int kTokens, int kStages>
@@ -44,8 +46,9 @@ void vq_int8(VqLinearParams const& p, VqTileSm90 const& tile, void* stream) {
 
 bool can_run_vq_linear_sm90(VqLinearParams const& p) {
   // The copy engine's alignment; tiles are counted, and tokens told to it, in 32 bits.
-  return p.is_int8 && p.m > 0 && p.n > 0 && p.k > 0 && p.k % 16 == 0 && p.k <= 65536 && p.m < (int64_t{1} << 30) &&
-         p.n < (int64_t{1} << 30) && (p.m + 63) / 64 * ((p.n + 255) / 256) < (int64_t{1} << 30) &&
+  return p.is_int8 && p.m > 0 && p.n > 0 && p.k > 0 && p.k % 16 == 0 && p.k <= 65536 &&
+         p.m < (int64_t{1} << 30) && p.n < (int64_t{1} << 30) &&
+         (p.m + 63) / 64 * ((p.n + 255) / 256) < (int64_t{1} << 30) &&
          all_multiples(16, {p.x, p.codes}, 1, {p.m > 1 ? p.stride_x : 0}) && address(p.codebook) % 4 == 0;
 }
 
@@ -53,7 +56,8 @@ void run_vq_linear_sm90(VqLinearParams const& p, void* stream) {
   if (p.m == 0 || p.n == 0) return;
   if (!can_run_vq_linear_sm90(p)) {
     throw std::runtime_error(
-        "vdit::vq_linear: int8 rows of 16 to 65,536 channels, a multiple of 16, at multiples of 16 bytes were "
+        "vdit::vq_linear: int8 rows of 16 to 65,536 channels, a multiple of 16, at multiples of 16 bytes "
+        "were "
         "expected by the sm90 kernel, got others; call run_vq_linear_sm80.");
   }
   sm90::vq_int8(p, pick_vq_tile_sm90(p, multiprocessors()), stream);

@@ -346,3 +346,35 @@ blocks = [
 ]
 every = corner + epilogues + blocks
 on_cpu_only = odd_k
+
+
+# --- sizes to time ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinearSize:
+    """A linear layer on so many rows, in bf16."""
+
+    name: str
+    m: int
+    k: int
+    n: int
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# What the CPU figures are promised for: the square layers of Wan2.1-1.3B and -14B.
+squares = [LinearSize("square_1536", 4096, 1536, 1536), LinearSize("square_5120", 4096, 5120, 5120)]
+# Layers at the lengths of whole videos, and one of an image model.
+real = [
+    LinearSize("hunyuan_linear1", 119056, 3072, 21504),
+    LinearSize("hunyuan_linear2", 119056, 15360, 3072),
+    LinearSize("wan14b_qkv", 75600, 5120, 5120),
+    LinearSize("wan14b_ffn_up", 75600, 5120, 13824),
+    LinearSize("wan14b_ffn_down", 75600, 13824, 5120),
+    LinearSize("cogvideox_ffn_up", 45106, 3072, 12288),
+    LinearSize("dit_xl2_ffn_up", 8192, 1152, 4608),
+]
+few_rows = [LinearSize(f"wan14b_m{m}", m, 5120, 5120) for m in (1, 16, 128)]
+sizes = {size.name: size for size in squares + real + few_rows}

@@ -1,5 +1,5 @@
-// vq_linear of int8 words for compute capability 9.0 against plain loops: both codebooks, sums to the last bit, shapes
-// ragged in all three dimensions, more tiles than blocks and fewer.
+// vq_linear of int8 words for compute capability 9.0 against plain loops: both codebooks, sums to the last
+// bit, shapes ragged in all three dimensions, more tiles than blocks and fewer.
 //
 //   vq_sm90 CASE
 #include <random>
@@ -34,7 +34,8 @@ std::vector<uint8_t> pack(std::vector<int> const& quads, VqFormat format, int64_
         int const quad = quads[size_t((row * k + channel) / 4)];
         for (int64_t bit = 0; bit < bits; ++bit) {
           int64_t const at = bits * j + bit;
-          out[size_t((tile * 32 + lane) * 2 * bits + at / 8)] |= static_cast<uint8_t>((quad >> bit & 1) << (at % 8));
+          out[size_t((tile * 32 + lane) * 2 * bits + at / 8)] |=
+              static_cast<uint8_t>((quad >> bit & 1) << (at % 8));
         }
       }
     }
@@ -76,7 +77,8 @@ void expect_sums(VqFormat format, Shape const& s) {
   sm90::vq_int8(p, tile, nullptr);
   for (int64_t i = 0; i < s.m * s.n; ++i) {
     int64_t sum = 0;
-    for (int64_t c = 0; c < s.k; ++c) sum += x[size_t(i / s.n * p.stride_x + c)] * values[size_t(i % s.n * s.k + c)];
+    for (int64_t c = 0; c < s.k; ++c)
+      sum += x[size_t(i / s.n * p.stride_x + c)] * values[size_t(i % s.n * s.k + c)];
     if (out[size_t(i)] == sum) continue;
     throw std::runtime_error("sum " + std::to_string(out[size_t(i)]) + " of row " + std::to_string(i / s.n) +
                              ", column " + std::to_string(i % s.n) + ", where " + std::to_string(sum) +
@@ -86,7 +88,8 @@ void expect_sums(VqFormat format, Shape const& s) {
 
 // The blocks are three (launch.h): one tile, several a block with a group that is not whole, many stages.
 void test_shapes(VqFormat format) {
-  for (Shape const& s : {Shape{1, 8, 16}, Shape{270, 264, 144}, Shape{530, 520, 64, false}, Shape{70, 41, 1120}}) {
+  for (Shape const& s :
+       {Shape{1, 8, 16}, Shape{270, 264, 144}, Shape{530, 520, 64, false}, Shape{70, 41, 1120}}) {
     expect_sums(format, s);
   }
 }
