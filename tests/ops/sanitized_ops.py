@@ -10,6 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cases import attention as cases
+from cases import linear as linear_cases
 from cases import rope as rope_cases
 from cases import vq as vq_cases
 
@@ -26,10 +27,31 @@ def main(library: str) -> None:
         inputs = rope_cases.make_norm_rope(case, torch.bfloat16)
         torch.ops.vdit_emu.rms_norm_rope(*inputs.args, **inputs.kwargs)
         print("ran", case.name, flush=True)
+    for case in linear_cases.every_rows:
+        inputs = linear_cases.make_rows(case, torch.bfloat16)
+        torch.ops.vdit_emu.quantize_rows(inputs.x, **inputs.kwargs)
+        print("ran", case.name, flush=True)
+    for case in (*linear_cases.every, LARGE):
+        for ops in (torch.ops.vdit_emu, torch.ops.vdit_emu_sm90):
+            run_products(ops, case)
+        print("ran", case.name, flush=True)
     for case in (c for c in vq_cases.corner + vq_cases.epilogues if c.cuda):
-        run_vq_ops(torch.ops.vdit_emu, case)
+        for ops in (torch.ops.vdit_emu, torch.ops.vdit_emu_sm90):
+            run_vq_ops(ops, case)
         print("ran", case.name, flush=True)
     print("all ran")
+
+
+# The largest tile of compute capability 8.0, with steps of k for each of its stages.
+LARGE = linear_cases.LinearCase("large", (300,), 400, 120, zero=True, bias=True, gate="s", residual="dense")
+
+
+def run_products(ops, case) -> None:
+    """Every weight format by every path."""
+    for format in linear_cases.FORMATS:
+        inputs = linear_cases.make_linear(case, format)
+        for path in ({},) if format == "int8" else ({"path": "fused"}, {"path": "expand"}):
+            getattr(ops, inputs.op)(*inputs.args, **inputs.kwargs, **path)
 
 
 def few_rows(x):
