@@ -35,7 +35,7 @@ from vdit_ext.video import quality
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 1000
-STEPS = 25
+STEPS = dit.DEFAULT_STEPS
 # Calibration: a class and no class a run, from noise that is not measured on.
 RUNS = tuple((label, 50_000 + label) for label in (3, 8, 12, 20, 5, 16, 0, 23))
 CALIBRATED = {"steps": 400, "codebook_steps": 200}
