@@ -30,7 +30,7 @@ for folder in (ROOT / "tests", ROOT / "bench"):
 if importlib.util.find_spec("vdit_ext") is None:
     sys.path.insert(0, str(ROOT / "python"))
 
-FAMILIES = ("attention", "linear")  # each has bench/check_<family>.py with OPS, Backend and named_cases()
+FAMILIES = ("attention", "linear", "vq")  # each has bench/check_<family>.py with OPS, Backend and named_cases()
 
 
 def worker(args: argparse.Namespace) -> int:
@@ -43,7 +43,8 @@ def worker(args: argparse.Namespace) -> int:
 
     checks = importlib.import_module(f"check_{args.family}")
     backend = checks.Backend(args.backend)
-    wanted = [op for op in args.op.split(",") if op in checks.OPS] if args.op else checks.OPS
+    asked = args.op.split(",") if args.op else checks.OPS
+    wanted = [op for op in asked if op in checks.OPS]  # the others are another family's
     cases = ((op, *case) for op in wanted for case in selected(checks, op, args, backend))
     with poisoned():
         pass  # its first use imports much, which is not the first case's time

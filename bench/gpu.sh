@@ -48,6 +48,7 @@ done
 
 # Ops with kernels of their own for compute capability 9.0.
 sm90_ops=block_sparse_attention,kmeans_assign,block_mass,block_mass_topk
+sm90_linear_ops=w8a8_linear,w4a8_linear,log4a8_linear
 python=${PYTHON:-python3}
 work=$(realpath -m "${VDIT_GPU_BUILD_DIR:-build/gpu}")
 begun=$SECONDS
@@ -138,12 +139,21 @@ sys.exit(ops.LIBRARIES["cuda"] != "loaded")
 PROGRAM
 }
 
-# sanitize TOOL: NVIDIA's checker over small cases of every op, in one process and without torch's memory cache,
+# sanitize TOOL: NVIDIA's checker over small cases of every op, in a process a family and without torch's memory cache,
 # which would hide accesses past the end of a tensor. With sm90, the ops that have kernels of their own for it.
 sanitize() {
-  local tool=$1 filter=() cases=(--per-op 6)
-  [ "${VDIT_ATTENTION_KERNEL:-}" = sm90 ] && cases=(--op "$sm90_ops" --per-op 8)
-  echo "compute-sanitizer $tool, attention kernel ${VDIT_ATTENTION_KERNEL:-by default}"
+  sanitize_family "$1" attention '^(?!plan |cuda_graph |stream )(?!.*(S=4096|S=4000|=5000|20000|300x1000|two runs))'
+  local attention=$?
+  [ "$attention" = 0 ] || [ "$attention" = "$FINDINGS" ] || return "$attention"
+  sanitize_family "$1" linear '^(?!cuda_graph |sizes )(?!.*(65536|13824|20480|32784))' || return
+  return "$attention"
+}
+
+sanitize_family() {
+  local tool=$1 family=$2 select=$3 filter=() cases=(--per-op 6)
+  [ "${VDIT_LINEAR_KERNEL:-}:$family" = sm90:linear ] && cases=(--op "$sm90_linear_ops" --per-op 8)
+  [ "${VDIT_ATTENTION_KERNEL:-}:$family" = sm90:attention ] && cases=(--op "$sm90_ops" --per-op 8)
+  echo "compute-sanitizer $tool on $family, attention kernel ${VDIT_ATTENTION_KERNEL:-by default}"
   if [ "$tool" = racecheck ]; then
     echo "NOTE: racecheck does not follow raw bulk copies (cp.async.bulk, TMA) that complete on an mbarrier, and"
     echo "reports hazards between the copy and its readers. Such reports on the sm90 kernel's tiles are known to be"
@@ -156,8 +166,7 @@ sanitize() {
   # Our kernels alone: torch's own would take most of the time.
   compute-sanitizer --help | grep -q -- --kernel-name && filter=(--kernel-name kns=_ZN4vdit)
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode "$FINDINGS" "${filter[@]}" \
-    "$python" bench/check_cuda.py --worker --family attention "${cases[@]}" \
-    --select '^(?!plan |cuda_graph |stream )(?!.*(S=4096|S=4000|=5000|20000|300x1000|two runs))'
+    "$python" bench/check_cuda.py --worker --family "$family" "${cases[@]}" --select "$select"
 }
 
 # counters: what the profiler says of one call of the attention kernel.
@@ -180,8 +189,8 @@ counters() {
   return "$status"
 }
 
-export -f environment unpack build loads gpu_arch sanitize counters
-export sm90_ops python work wheels arch SKIPPED FINDINGS
+export -f environment unpack build loads gpu_arch sanitize sanitize_family counters
+export sm90_ops sm90_linear_ops python work wheels arch SKIPPED FINDINGS
 
 if [ -n "$wheels" ]; then
   # Unpacked beside the build: nothing is installed into the machine's Python.
@@ -214,6 +223,7 @@ kernels=(sm80)
 CHECKS=(
   "attention"
   "linear"
+  "vq"
 )
 if wanted check; then
   for family in "${CHECKS[@]}"; do
@@ -223,8 +233,8 @@ if wanted check; then
   if [ "${kernels[0]}" = sm90 ]; then
     VDIT_ATTENTION_KERNEL=sm90 stage check_attention_sm90 120 "$python" bench/check_cuda.py --family attention --large \
       --op "$sm90_ops,plan,cuda_graph,stream" --seconds 110 --out "$out/check_attention_sm90.json"
-    VDIT_LINEAR_KERNEL=sm90 stage check_linear_sm90 60 "$python" bench/check_cuda.py --family linear \
-      --op w8a8_linear,w4a8_linear,log4a8_linear,linear_graph --seconds 50 --out "$out/check_linear_sm90.json"
+    VDIT_LINEAR_KERNEL=sm90 stage check_linear_sm90 90 "$python" bench/check_cuda.py --family linear --large \
+      --op "$sm90_linear_ops,sizes,cuda_graph" --seconds 80 --out "$out/check_linear_sm90.json"
   fi
 fi
 
@@ -256,7 +266,7 @@ fi
 if wanted sanitizer; then
   for tool in memcheck synccheck racecheck; do
     for kernel in "${kernels[@]}"; do
-      VDIT_ATTENTION_KERNEL=$kernel stage "sanitizer_${tool}_$kernel" 80 bash -c "sanitize $tool"
+      VDIT_ATTENTION_KERNEL=$kernel VDIT_LINEAR_KERNEL=$kernel stage "sanitizer_${tool}_$kernel" 110 bash -c "sanitize $tool"
     done
   done
 fi
@@ -276,12 +286,13 @@ TIMINGS=(
   "planner-cogvideox 60 attention --ops planner --shape cogvideox --seconds 4"
   "linear 240 linear --seconds 4 --min-rounds 3"
   "svg2-hunyuan 60 attention --ops svg2 --shape hunyuan --seconds 5 --min-rounds 3"
+  "vq 90 vq --seconds 2 --min-rounds 3"
 )
 if wanted timings; then
   for line in "${TIMINGS[@]}"; do
     read -r name limit arguments <<< "$line"
-    # shellcheck disable=SC2086  # the arguments are words
     export VDIT_ATTENTION_KERNEL="${kernels[0]}" VDIT_LINEAR_KERNEL="${kernels[0]}"
+    # shellcheck disable=SC2086  # the arguments are words
     stage "$name" "$limit" "$python" bench/run.py $arguments --device cuda \
       --out "$out" --name "${date}_gpu_$name"
   done

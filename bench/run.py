@@ -28,7 +28,7 @@ from harness import Settings, measure, short  # noqa: E402
 from machine import Ceilings, facts, libraries, load_average, slug  # noqa: E402
 from report import show, write  # noqa: E402
 
-FAMILIES = ("attention", "hopper", "layer", "linear")
+FAMILIES = ("attention", "hopper", "layer", "linear", "vq")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Weight-only quantization to 2 and 3 bits on the toy image model: VQ4DiT beside what its parts reach alone.
 
-    python bench/vq_toy.py [--bits w2,w3] [--rows kmeans,vq4dit] [--modulation] [--pictures 48] [--write]
+    python bench/vq_toy.py [--bits w2,w3] [--rows kmeans,vq4dit] [--modulation] [--pictures 24] [--write]
 
 Rows: rounding of each output channel to the nearest of 4 or 8 even steps, over the whole range or over the
 share of it with the least squared error; plain k-means; codebooks and biases calibrated under k-means'
@@ -35,8 +35,9 @@ from vdit_ext.video import quality
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 1000
-# Calibration: two classes a run, from noise that is not measured on.
-RUNS = (((3, 8), 50_000), ((12, 20), 51_000), ((5, 16), 52_000), ((0, 23), 53_000))
+STEPS = 25
+# Calibration: a class and no class a run, from noise that is not measured on.
+RUNS = tuple((label, 50_000 + label) for label in (3, 8, 12, 20, 5, 16, 0, 23))
 CALIBRATED = {"steps": 400, "codebook_steps": 200}
 CODEBOOKS = {"candidates": 1, "steps": 0, "codebook_steps": 600}  # as many updates
 
@@ -69,13 +70,14 @@ DEFAULT_ROWS = ("rtn", "rtn, clipped", "kmeans", "codebooks only", "vq4dit")
 
 
 def probe_of(pipe: toyworld.ToyDiT) -> measure.BlockProbe:
-    """Every eighth step of four pictures that neither calibration nor PSNR has seen."""
+    """Every fourth step of four pictures that neither calibration nor PSNR has seen."""
 
     def sample(on_step) -> None:
-        on_step(0, dit.DEFAULT_STEPS)
-        pipe([1, 9, 14, 22], seed=70_000, callback=lambda done, total: on_step(min(done, total - 1), total))
+        on_step(0, STEPS)
+        told = lambda done, total: on_step(min(done, total - 1), total)  # noqa: E731
+        pipe([1, 9, 14, 22], seed=70_000, num_inference_steps=STEPS, callback=told)
 
-    return measure.BlockProbe(pipe.transformer, sample, range(2, dit.DEFAULT_STEPS, 8))
+    return measure.BlockProbe(pipe.transformer, sample, range(1, STEPS, 4))
 
 
 def measure_row(pipe, quantized: QuantizedModel, probe, pictures: int, full) -> dict:
@@ -83,7 +85,7 @@ def measure_row(pipe, quantized: QuantizedModel, probe, pictures: int, full) -> 
     weights = measure.weight_snrs(pipe.transformer, quantized).values()
     with apply(pipe.transformer, quantized) as applied:
         blocks = probe.snrs(applied).values()
-        checked, frames = check_dit.evaluate(pipe, pictures, SEED)
+        checked, frames = check_dit.evaluate(pipe, pictures, SEED, num_inference_steps=STEPS)
     psnr = [quality(came[None], wanted[None]).psnr for came, wanted in zip(frames, full, strict=True)]
     return {
         "weight_snr_db": measure.mean_db(weights),
@@ -99,8 +101,10 @@ def run(bits: list[str], rows: list[str], modulation: bool, pictures: int) -> tu
     pipe = toyworld.load_dit()
     model = pipe.transformer
     layers = vq4dit.linears_of(model, modulation=modulation)
-    calibration = [functools.partial(pipe, list(classes), seed=seed) for classes, seed in RUNS]
-    checked, full = check_dit.evaluate(pipe, pictures, SEED)
+    calibration = [
+        functools.partial(pipe, [label], seed=seed, num_inference_steps=STEPS) for label, seed in RUNS
+    ]
+    checked, full = check_dit.evaluate(pipe, pictures, SEED, num_inference_steps=STEPS)
     weights = sum(info.in_features * info.out_features for info in layers)
     found = [{"method": "full precision", "rates": checked["rates"], "kib": 4 * weights / 1024}]
     probe, sheets = probe_of(pipe), {"full precision": full}
@@ -138,8 +142,8 @@ def table(result: dict) -> str:
         "# Weights of 2 and 3 bits on the toy image model",
         "",
         f"{result['machine']['cpu']}, {result['machine']['threads']} threads, "
-        f"torch {result['versions']['torch']}. Toy results: {result['pictures']} pictures, linears {which} adaLN "
-        "modulation, activations in fp32.",
+        f"torch {result['versions']['torch']}. Toy results: {result['pictures']} pictures, linears {which} "
+        "adaLN modulation, activations in fp32.",
         "",
         "| method | bits | weight SNR dB | block SNR dB | PSNR dB | passed | KiB | s to quantize |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
@@ -155,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         "--rows", default=";".join(DEFAULT_ROWS), help=f"separated by semicolons: {'; '.join(ROWS)}"
     )
     parser.add_argument("--modulation", action="store_true", help="quantize the adaLN linears too")
-    parser.add_argument("--pictures", type=int, default=48, help="measured pictures (default: 48)")
+    parser.add_argument("--pictures", type=int, default=24, help="measured pictures (default: 24)")
     parser.add_argument(
         "--write", action="store_true", help="write table, JSON and a sheet under bench/results"
     )

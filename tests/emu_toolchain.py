@@ -74,8 +74,10 @@ def _key(command: list[str], source: Path) -> str:
     """Names a build by all that goes into it: the command, the compiler, the source and our headers."""
     compiler = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
     digest = hashlib.sha256("\0".join([*command, compiler]).encode())
-    for folder in (CSRC / "common", CSRC / "emu", CSRC / "attention", CSRC / "include" / "vdit", source.parent):
-        for header in sorted((*folder.glob("*.h"), *folder.glob("*.cuh"))):
+    families = tuple(CSRC / name for name in ("attention", "linear", "vq"))
+    for folder in (CSRC / "common", CSRC / "emu", *families, CSRC / "include" / "vdit", source.parent):
+        sources = folder.glob("*.cu") if folder in families else ()  # a program may be made of them
+        for header in sorted((*folder.glob("*.h"), *folder.glob("*.cuh"), *sources)):
             digest.update(header.read_bytes())
     digest.update(source.read_bytes())
     return digest.hexdigest()[:16]

@@ -398,8 +398,8 @@ VDIT_DEVICE void bulk_store_wait_read() {
 }
 
 // ---- wgmma: d [64, N] (+)= a [64, K] b [N, K]^T, by a whole warpgroup -----------------------------------
-// K is 32 bytes: 16 values of half_t or bfloat16_t (d is fp32), 32 of int8_t (d is int32). uint8_t stands for an
-// unsigned a with a signed b. b comes from shared memory, a from there or from registers.
+// K is 32 bytes: 16 values of half_t or bfloat16_t (d is fp32), 32 of int8_t (d is int32). uint8_t stands for
+// an unsigned a with a signed b. b comes from shared memory, a from there or from registers.
 //
 // Registers: warp w of the warpgroup and lane 4 * g + t hold rows 16 * w + g and 8 further on. d[i] is at row
 // 16 * w + g + i / 2 % 2 * 8, column i / 4 * 8 + t * 2 + i % 2. a is as in mma_m16n8k16.
@@ -537,8 +537,9 @@ VDIT_DEVICE void wgmma_fence(Site at = Site::here()) {
 template <class T, int N, Major kMajorB = Major::kK>
 VDIT_DEVICE void wgmma_ss(detail::WgmmaSum<T> (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate,
                           Site at = Site::here()) {
-  static_assert(detail::can_wgmma<T, N, kMajorB>,
-                "wgmma takes half_t, bfloat16_t, int8_t and uint8_t (kK only), N a multiple of 16 up to 256.");
+  static_assert(
+      detail::can_wgmma<T, N, kMajorB>,
+      "wgmma takes half_t, bfloat16_t, int8_t and uint8_t (kK only), N a multiple of 16 up to 256.");
 #if defined(VDIT_EMU)
   emu::wgmma({"wgmma_ss", detail::kWgmmaType<T>, N, kMajorB == Major::kMN, reinterpret_cast<uint32_t*>(d),
               nullptr, a, b, accumulate},
@@ -551,8 +552,9 @@ VDIT_DEVICE void wgmma_ss(detail::WgmmaSum<T> (&d)[N / 2], uint64_t a, uint64_t 
 template <class T, int N, Major kMajorB = Major::kK>
 VDIT_DEVICE void wgmma_rs(detail::WgmmaSum<T> (&d)[N / 2], uint32_t const (&a)[4], uint64_t b,
                           bool accumulate, Site at = Site::here()) {
-  static_assert(detail::can_wgmma<T, N, kMajorB>,
-                "wgmma takes half_t, bfloat16_t, int8_t and uint8_t (kK only), N a multiple of 16 up to 256.");
+  static_assert(
+      detail::can_wgmma<T, N, kMajorB>,
+      "wgmma takes half_t, bfloat16_t, int8_t and uint8_t (kK only), N a multiple of 16 up to 256.");
 #if defined(VDIT_EMU)
   emu::wgmma({"wgmma_rs", detail::kWgmmaType<T>, N, kMajorB == Major::kMN, reinterpret_cast<uint32_t*>(d), a,
               0, b, accumulate},

@@ -23,8 +23,9 @@ struct EpilogueColumns {
   }
 };
 
-// The columns' element of row `m` in a gate or a residual. NOTE: divides in 32 bits, which launchers make sure of: the
-// 64-bit division is a call of some hundred instructions, around which registers of sums would be spilled.
+// The columns' element of row `m` in a gate or a residual. NOTE: divides in 32 bits, which launchers make
+// sure of: the 64-bit division is a call of some hundred instructions, around which registers of sums would
+// be spilled.
 VDIT_DEVICE int64_t epilogue_offset(LinearEpilogue const& e, Strides2 const& stride, int64_t m) {
   uint32_t const row = static_cast<uint32_t>(m), rows = static_cast<uint32_t>(e.rows_per_batch);
   uint32_t const b = row / rows;
@@ -43,7 +44,8 @@ VDIT_DEVICE void store_raw_sums(int32_t* out, int count, bool wide, int32_t cons
   }
 }
 
-// Eight neighbouring values of a gate or a residual as they lie in memory: two of a two-byte type a word, or one.
+// Eight neighbouring values of a gate or a residual as they lie in memory: two of a two-byte type a word, or
+// one.
 struct RawColumns {
   uint32_t word[8];
 };
@@ -84,8 +86,9 @@ VDIT_DEVICE void unpack_columns(RawColumns const& raw, DType dtype, float (&v)[8
   }
 }
 
-// What row m brings to the columns n0 .. n0 + count - 1. Apart from finish_outputs, so that the loads of several rows
-// are on their way at a time. `wide`: as epilogue_is_wide (launch_util.cuh) said, and then n0 is a multiple of 8.
+// What row m brings to the columns n0 .. n0 + count - 1. Apart from finish_outputs, so that the loads of
+// several rows are on their way at a time. `wide`: as epilogue_is_wide (launch_util.cuh) said, and then n0 is
+// a multiple of 8.
 struct EpilogueRow {
   float x_scale = 1.f;
   int32_t x_sum = 0;
@@ -99,15 +102,19 @@ struct EpilogueRow {
       gate = load_raw_columns(e.gate, e.gate_dtype, epilogue_offset(e, e.stride_gate, m) + n0, count, wide);
     }
     if (e.residual != nullptr) {
-      residual = load_raw_columns(e.residual, e.out_dtype, epilogue_offset(e, e.stride_residual, m) + n0, count, wide);
+      residual = load_raw_columns(e.residual, e.out_dtype, epilogue_offset(e, e.stride_residual, m) + n0,
+                                  count, wide);
     }
   }
 };
 
-// Finishes and stores row m, columns n0 .. n0 + count - 1 of [m, n]; Sum is int32_t or float.
+// Finishes and stores row m, columns n0 .. n0 + count - 1 of [m, n]; Sum is int32_t or float. One rounding an
+// operation and no other fusing than the zero point's, as on the CPU: every kernel and path gives the same
+// bits.
 template <class Sum>
-VDIT_DEVICE void finish_outputs(LinearEpilogue const& e, EpilogueColumns const& columns, EpilogueRow const& row,
-                                int64_t m, int64_t n, int64_t n0, int count, bool wide, Sum const (&sums)[8]) {
+VDIT_DEVICE void finish_outputs(LinearEpilogue const& e, EpilogueColumns const& columns,
+                                EpilogueRow const& row, int64_t m, int64_t n, int64_t n0, int count,
+                                bool wide, Sum const (&sums)[8]) {
   if (count <= 0) return;
   if constexpr (std::is_same<Sum, int32_t>::value) {
     if (e.raw_sums) return store_raw_sums(static_cast<int32_t*>(e.out) + m * n + n0, count, wide, sums);
@@ -115,19 +122,19 @@ VDIT_DEVICE void finish_outputs(LinearEpilogue const& e, EpilogueColumns const& 
   float y[8];
   CUTE_UNROLL
   for (int i = 0; i < 8; ++i) {
-    float const whole = static_cast<float>(sums[i]) + columns.zero[i] * static_cast<float>(row.x_sum);
-    y[i] = whole * (row.x_scale * columns.scale[i]) + columns.bias[i];
+    float const whole = fmaf(columns.zero[i], static_cast<float>(row.x_sum), static_cast<float>(sums[i]));
+    y[i] = add_rn(mul_rn(whole, row.x_scale * columns.scale[i]), columns.bias[i]);
   }
   float other[8];
   if (e.gate != nullptr) {
     unpack_columns(row.gate, e.gate_dtype, other);
     CUTE_UNROLL
-    for (int i = 0; i < 8; ++i) y[i] *= other[i];
+    for (int i = 0; i < 8; ++i) y[i] = mul_rn(y[i], other[i]);
   }
   if (e.residual != nullptr) {
     unpack_columns(row.residual, e.out_dtype, other);
     CUTE_UNROLL
-    for (int i = 0; i < 8; ++i) y[i] += other[i];
+    for (int i = 0; i < 8; ++i) y[i] = add_rn(y[i], other[i]);
   }
   store8(e.out, e.out_dtype, m * n + n0, count, wide, y);
 }

@@ -1,16 +1,16 @@
-// How each format's codes become the first operand of wgmma: what RegisterWeightsKernel (common/gemm_sm90.cuh) asks
-// for. The layouts are those of vdit/linear.h; a lane's 16 bytes of a 32 x 32 tile are the codes of its registers in
-// two m64 products.
+// How each format's codes become the first operand of wgmma: what RegisterWeightsKernel
+// (common/gemm_sm90.cuh) asks for. The layouts are those of vdit/linear.h; a lane's 16 bytes of a 32 x 32
+// tile are the codes of its registers in two m64 products.
 #pragma once
 #include "common/device_sm90.h"
 #include "common/tma.h"
 
 namespace vdit::sm90 {
 
-constexpr int kWeightTile = 512;                          // bytes of 32 outputs x 32 channels
-constexpr int kStripBytes = 4 * kWeightTile;              // of a stage: 32 outputs x 128 channels
-constexpr int kStageStrips = 8;                           // 256 outputs
-constexpr int kPlaneBytes = kStageStrips * kStripBytes;   // of a stage
+constexpr int kWeightTile = 512;                         // bytes of 32 outputs x 32 channels
+constexpr int kStripBytes = 4 * kWeightTile;             // of a stage: 32 outputs x 128 channels
+constexpr int kStageStrips = 8;                          // 256 outputs
+constexpr int kPlaneBytes = kStageStrips * kStripBytes;  // of a stage
 constexpr uint32_t kLowNibbles = 0x0f0f0f0fu, kHighNibbles = 0xf0f0f0f0u;
 
 struct NoFixed {};
@@ -21,7 +21,8 @@ struct Codes {
 };
 
 VDIT_DEVICE Codes fetch_codes(char const* plane, int warp, int sub) {
-  uint4 const v = *reinterpret_cast<uint4 const*>(plane + warp * kStripBytes + sub * kWeightTile + lane_idx() * 16);
+  uint4 const v =
+      *reinterpret_cast<uint4 const*>(plane + warp * kStripBytes + sub * kWeightTile + lane_idx() * 16);
   return {{v.x, v.y, v.z, v.w}};
 }
 
@@ -30,8 +31,8 @@ VDIT_DEVICE void load_plane(TensorMap const& plane, char* to, Barrier* full, int
   tma_load(to, plane, full, 0, step * 4, strip);
 }
 
-// Codes 0 to 15 as they are. The high nibbles are multiplied in place, as 16 times the code: their sums are still
-// exact (240 x 128 x 65,536 is below 2^31), and a shift at the end saves one for each register.
+// Codes 0 to 15 as they are. The high nibbles are multiplied in place, as 16 times the code: their sums are
+// still exact (240 x 128 x 65,536 is below 2^31), and a shift at the end saves one for each register.
 struct Int4Weights {
   using Operand = uint8_t;
   using Fixed = NoFixed;
@@ -46,8 +47,10 @@ struct Int4Weights {
   VDIT_DEVICE static void load(Params const& p, char* codes, Barrier* full, int strip, int step) {
     load_plane(p.codes, codes, full, strip, step);
   }
-  VDIT_DEVICE static Raw fetch(char const* codes, int warp, int sub) { return fetch_codes(codes, warp, sub); }
-  VDIT_DEVICE void decode(Raw const& raw, uint32_t (&a)[2][4]) const {
+  VDIT_DEVICE static void fetch(char const* codes, int warp, int sub, Raw& raw) {
+    raw = fetch_codes(codes, warp, sub);
+  }
+  VDIT_DEVICE void decode(Raw const& raw, int, uint32_t (&a)[2][4]) const {
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) {
       a[0][i] = raw.word[i] & kLowNibbles;
@@ -78,10 +81,10 @@ struct NibblePlaneWeights {
     load_plane(p.high, codes, full, strip, step);
     load_plane(p.low, codes + kPlaneBytes, full, strip, step);
   }
-  VDIT_DEVICE static Raw fetch(char const* codes, int warp, int sub) {
-    return {fetch_codes(codes, warp, sub), fetch_codes(codes + kPlaneBytes, warp, sub)};
+  VDIT_DEVICE static void fetch(char const* codes, int warp, int sub, Raw& raw) {
+    raw = {fetch_codes(codes, warp, sub), fetch_codes(codes + kPlaneBytes, warp, sub)};
   }
-  VDIT_DEVICE void decode(Raw const& raw, uint32_t (&a)[2][4]) const {
+  VDIT_DEVICE void decode(Raw const& raw, int, uint32_t (&a)[2][4]) const {
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) {
       uint32_t const high = raw.high.word[i] ^ 0x88888888u, low = raw.low.word[i];
@@ -95,8 +98,8 @@ struct NibblePlaneWeights {
   }
 };
 
-// Codes that index a row of a table of int8, 8 or 16 entries. PRMT looks four up at once: in 8 entries directly, in 16
-// among the positive and among the negative ones, and then chooses by bit 3.
+// Codes that index a row of a table of int8, 8 or 16 entries. PRMT looks four up at once: in 8 entries
+// directly, in 16 among the positive and among the negative ones, and then chooses by bit 3.
 template <int kTableSize>
 struct TableWeights {
   using Operand = int8_t;
@@ -132,14 +135,16 @@ struct TableWeights {
   VDIT_DEVICE static void load(Params const& p, char* codes, Barrier* full, int strip, int step) {
     load_plane(p.codes, codes, full, strip, step);
   }
-  VDIT_DEVICE static Raw fetch(char const* codes, int warp, int sub) { return fetch_codes(codes, warp, sub); }
+  VDIT_DEVICE static void fetch(char const* codes, int warp, int sub, Raw& raw) {
+    raw = fetch_codes(codes, warp, sub);
+  }
 
   // A word has the codes of one row: four of the first 16 channels, four of the others.
-  VDIT_DEVICE void decode(Raw const& raw, uint32_t (&a)[2][4]) const {
+  VDIT_DEVICE void decode(Raw const& raw, int, uint32_t (&a)[2][4]) const {
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) {
       uint32_t const codes = raw.word[i];
-      uint32_t(&to)[4] = a[i / 2];
+      uint32_t (&to)[4] = a[i / 2];
       if constexpr (kWords == 2) {
         to[i % 2] = byte_perm(table[i][0], table[i][1], codes);
         to[i % 2 + 2] = byte_perm(table[i][0], table[i][1], codes >> 16);
@@ -152,7 +157,8 @@ struct TableWeights {
   }
   // Four entries; `half` says of each byte whether the first or the second eight are meant.
   VDIT_DEVICE static uint32_t look_up(uint32_t const (&row)[kWords], uint32_t entry, uint32_t half) {
-    return byte_perm(byte_perm(row[0], row[1], entry), byte_perm(row[kWords - 2], row[kWords - 1], entry), half);
+    return byte_perm(byte_perm(row[0], row[1], entry), byte_perm(row[kWords - 2], row[kWords - 1], entry),
+                     half);
   }
   template <int kProduct>
   VDIT_DEVICE static int32_t finish(int32_t sum) {

@@ -1,9 +1,8 @@
 // The linear of int8 weights on wgmma and TMA, compute capability 9.0: both operands from shared memory.
 //
-// Tokens are the rows of the products and outputs their columns, so that a thread's sums lie as a row of the output
-// does. A producer thread loads stages of 128 channels; each of two consumer warpgroups has kParts x 64 tokens and all
-// of the tile's outputs. The second group starts some stages behind the first and stays there: while one stores its
-// tile, the other multiplies what the ring still holds.
+// Tokens are the rows of the products and outputs their columns, so that a thread's sums lie as a row of the
+// output does. A producer thread loads stages of 128 channels; each of two consumer warpgroups has kParts x
+// 64 tokens and all of the tile's outputs.
 #pragma once
 #include "common/gemm_sm90.cuh"
 
@@ -12,12 +11,9 @@ namespace vdit::sm90 {
 template <int kParts_, int kOutputs_, int kStages_>
 struct Int8LinearKernel {
   static constexpr int kParts = kParts_, kOutputs = kOutputs_, kStages = kStages_;
-  static constexpr int kConsumers = 2;
-  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kThreads = kGemmThreads;
   static constexpr int kMinBlocks = 1;
-  static constexpr int kTokens = 64 * kParts * kConsumers;
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kTokens = 64 * kParts * kGemmConsumers;
   static constexpr int kSteps = kStepBytes / 32;  // products along k, a stage
   static constexpr int kActivationBytes = kTokens * kStepBytes;
   static constexpr int kWeightBytes = kOutputs * kStepBytes;
@@ -83,10 +79,9 @@ struct Int8LinearKernel {
     for (int part = 0; part < kParts; ++part) wgmma_fence_operand(sums[part]);
   }
 
-  // All stages of a tile. A stage is given back while the products of the next one run. `lead` is called after the
-  // last stage that the ring holds without a release by the other group.
-  template <class Lead>
-  VDIT_DEVICE static void multiply(Params const& a, Shared& s, Place& at, int group, Sums& sums, Lead const& lead) {
+  // All stages of a tile. A stage is given back while the products of the next one run.
+  VDIT_DEVICE static void multiply(Params const& a, Shared& s, Place& at, int group, Sums& sums,
+                                   Stagger& stagger) {
     Barrier* previous = nullptr;
     fence_sums(sums);
     for (int32_t step = 0; step < a.steps; ++step, at.advance()) {
@@ -95,7 +90,7 @@ struct Int8LinearKernel {
       wgmma_wait<1>();
       if (step > 0) release_stage(previous);
       previous = &s.empty[at.stage];
-      if (step == kStages - 2 || step == a.steps - 1) lead();
+      if (step == kStages - 2 || step == a.steps - 1) stagger.pass();
     }
     wgmma_wait<0>();
     fence_sums(sums);
@@ -103,29 +98,44 @@ struct Int8LinearKernel {
   }
 
   // ---- Epilogue ------------------------------------------------------------------------------------------
-  // In the registers' own layout: a lane has rows lane / 4 and 8 below of each part, and of every 8 columns the two
-  // from 2 (lane % 4) on. What goes to memory in two-byte types is first traded within quads, four tiles of 8 columns
-  // at a time, so that a lane moves 8 neighbouring columns of a row.
+  // In the registers' own layout: a lane has rows lane / 4 and 8 below of each part, and of every 8 columns
+  // the two from 2 (lane % 4) on. What goes to memory in two-byte types is first traded within quads, four
+  // tiles of 8 columns at a time, so that a lane moves 8 neighbouring columns of a row.
 
-  static constexpr int kRows = 2 * kParts;  // of a lane
-  static constexpr int kColumnTiles = 4;    // that are traded
+  static constexpr int kRows = 2;                                // of a lane and part
+  static constexpr int kColumnTiles = 4;                         // that are traded: 32 columns
+  static constexpr int kGroups = kOutputs / (8 * kColumnTiles);  // of columns
+  using Group = int32_t[kColumnTiles * 4];                       // a lane's sums of a part's 32 columns
 
-  // What a lane's rows bring to all columns.
+  // NOTE: registers have no index at run time. Choosing among copies of a few moves keeps the many
+  // instructions behind them from being there once for each group.
+  template <int kAt = 0>
+  VDIT_DEVICE static void pick_group(int at, Sums const& sums, Group& group) {
+    if (at == kAt) {
+      CUTE_UNROLL
+      for (int i = 0; i < kColumnTiles * 4; ++i) {
+        group[i] = not_hoisted(sums[kAt / kGroups][kAt % kGroups * kColumnTiles * 4 + i]);
+      }
+      return;
+    }
+    if constexpr (kAt + 1 < kParts * kGroups) pick_group<kAt + 1>(at, sums, group);
+  }
+
+  // What a lane's rows of a part bring to all columns.
   struct Rows {
-    int64_t token[kRows];
+    int32_t first, end;  // tokens; the rows are 8 apart
     float x_scale[kRows], x_sum[kRows];
-    bool there[kRows];
 
-    VDIT_DEVICE Rows(Params const& a, int64_t token0) {
+    VDIT_DEVICE Rows(Params const& a, int32_t token) : first(token), end(static_cast<int32_t>(a.m)) {
       LinearEpilogue const& e = a.epilogue;
       CUTE_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        token[i] = token0 + i / 2 * 64 + i % 2 * 8;
-        there[i] = token[i] < a.m;
-        x_scale[i] = there[i] && e.x_scale != nullptr ? e.x_scale[token[i]] : 1.f;
-        x_sum[i] = there[i] && e.x_sum != nullptr ? static_cast<float>(e.x_sum[token[i]]) : 0.f;
+        x_scale[i] = there(i) && e.x_scale != nullptr ? e.x_scale[this->token(i)] : 1.f;
+        x_sum[i] = there(i) && e.x_sum != nullptr ? static_cast<float>(e.x_sum[this->token(i)]) : 0.f;
       }
     }
+    VDIT_DEVICE int64_t token(int i) const { return first + i * 8; }
+    VDIT_DEVICE bool there(int i) const { return first + i * 8 < end; }
   };
 
   VDIT_DEVICE static float2 load_pair(float const* p, int64_t n, float without) {
@@ -134,7 +144,8 @@ struct Int8LinearKernel {
 
   // Two columns of a gate or a residual.
   VDIT_DEVICE static float2 load_pair(void const* base, DType dtype, int64_t at) {
-    if (dtype == DType::kFloat32) return *reinterpret_cast<float2 const*>(static_cast<float const*>(base) + at);
+    if (dtype == DType::kFloat32)
+      return *reinterpret_cast<float2 const*>(static_cast<float const*>(base) + at);
     return unpack_pair(*reinterpret_cast<uint32_t const*>(static_cast<uint16_t const*>(base) + at), dtype);
   }
   VDIT_DEVICE static float2 unpack_pair(uint32_t pair, DType dtype) {
@@ -145,28 +156,29 @@ struct Int8LinearKernel {
   }
 
   // Two columns of a row, without the residual.
-  VDIT_DEVICE static float2 finish_pair(LinearEpilogue const& e, Rows const& rows, int i, int64_t n, float2 scale,
-                                        float2 zero, float2 bias, int32_t sum0, int32_t sum1) {
+  VDIT_DEVICE static float2 finish_pair(LinearEpilogue const& e, Rows const& rows, int i, int64_t n,
+                                        float2 scale, float2 zero, float2 bias, int32_t sum0, int32_t sum1) {
     float2 y;
     y.x = (static_cast<float>(sum0) + zero.x * rows.x_sum[i]) * (rows.x_scale[i] * scale.x) + bias.x;
     y.y = (static_cast<float>(sum1) + zero.y * rows.x_sum[i]) * (rows.x_scale[i] * scale.y) + bias.y;
-    if (e.gate != nullptr && rows.there[i]) {
-      float2 const gate = load_pair(e.gate, e.gate_dtype, epilogue_offset(e, e.stride_gate, rows.token[i]) + n);
+    if (e.gate != nullptr && rows.there(i)) {
+      float2 const gate =
+          load_pair(e.gate, e.gate_dtype, epilogue_offset(e, e.stride_gate, rows.token(i)) + n);
       y.x *= gate.x, y.y *= gate.y;
     }
     return y;
   }
 
-  // 32 columns of all rows in a two-byte type.
-  VDIT_DEVICE static void store_halves(Params const& a, Rows const& rows, int64_t n0, int j, Sums const& sums) {
+  // 32 columns of the rows in a two-byte type.
+  VDIT_DEVICE static void store_halves(Params const& a, Rows const& rows, int64_t n0, Group const& sums) {
     LinearEpilogue const& e = a.epilogue;
     int64_t const own = n0 + lane_idx() % 4 * 8;  // the columns that this lane moves
     uint32_t out[kRows][kColumnTiles] = {};       // first the residual's, two columns a word
     if (e.residual != nullptr) {
       CUTE_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        if (!rows.there[i] || own >= a.n) continue;
-        int64_t const at = epilogue_offset(e, e.stride_residual, rows.token[i]) + own;
+        if (!rows.there(i) || own >= a.n) continue;
+        int64_t const at = epilogue_offset(e, e.stride_residual, rows.token(i)) + own;
         uint4 const v = *reinterpret_cast<uint4 const*>(static_cast<uint16_t const*>(e.residual) + at);
         out[i][0] = v.x, out[i][1] = v.y, out[i][2] = v.z, out[i][3] = v.w;
       }
@@ -181,7 +193,7 @@ struct Int8LinearKernel {
                    bias = load_pair(e.bias, n, 0.f);
       CUTE_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        int32_t const* const pair = &sums[i / 2][(j * kColumnTiles + tile) * 4 + i % 2 * 2];
+        int32_t const* const pair = &sums[tile * 4 + i * 2];
         float2 y = finish_pair(e, rows, i, n, scale, zero, bias, pair[0], pair[1]);
         if (e.residual != nullptr) {
           float2 const residual = unpack_pair(out[i][tile], e.out_dtype);
@@ -193,14 +205,14 @@ struct Int8LinearKernel {
     CUTE_UNROLL
     for (int i = 0; i < kRows; ++i) {
       quad_transpose(out[i]);
-      if (!rows.there[i] || own >= a.n) continue;
-      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(e.out) + rows.token[i] * a.n + own) =
+      if (!rows.there(i) || own >= a.n) continue;
+      *reinterpret_cast<uint4*>(static_cast<uint16_t*>(e.out) + rows.token(i) * a.n + own) =
           uint4{out[i][0], out[i][1], out[i][2], out[i][3]};
     }
   }
 
   // The same in fp32, or the sums themselves: a quad's pairs are whole sectors of 32 bytes.
-  VDIT_DEVICE static void store_words(Params const& a, Rows const& rows, int64_t n0, int j, Sums const& sums) {
+  VDIT_DEVICE static void store_words(Params const& a, Rows const& rows, int64_t n0, Group const& sums) {
     LinearEpilogue const& e = a.epilogue;
     CUTE_UNROLL
     for (int tile = 0; tile < kColumnTiles; ++tile) {
@@ -210,17 +222,17 @@ struct Int8LinearKernel {
                    bias = load_pair(e.bias, n, 0.f);
       CUTE_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        if (!rows.there[i]) continue;
-        int32_t const* const pair = &sums[i / 2][(j * kColumnTiles + tile) * 4 + i % 2 * 2];
-        int64_t const at = rows.token[i] * a.n + n;
+        if (!rows.there(i)) continue;
+        int32_t const* const pair = &sums[tile * 4 + i * 2];
+        int64_t const at = rows.token(i) * a.n + n;
         if (e.raw_sums) {
           *reinterpret_cast<int2*>(static_cast<int32_t*>(e.out) + at) = int2{pair[0], pair[1]};
           continue;
         }
         float2 y = finish_pair(e, rows, i, n, scale, zero, bias, pair[0], pair[1]);
         if (e.residual != nullptr) {
-          float2 const residual =
-              load_pair(e.residual, DType::kFloat32, epilogue_offset(e, e.stride_residual, rows.token[i]) + n);
+          float2 const residual = load_pair(e.residual, DType::kFloat32,
+                                            epilogue_offset(e, e.stride_residual, rows.token(i)) + n);
           y.x += residual.x, y.y += residual.y;
         }
         *reinterpret_cast<float2*>(static_cast<float*>(e.out) + at) = y;
@@ -229,14 +241,18 @@ struct Int8LinearKernel {
   }
 
   VDIT_DEVICE static void store(Params const& a, int64_t token0, int64_t output0, Sums const& sums) {
-    Rows const rows(a, token0);
     bool const words = a.epilogue.raw_sums || a.epilogue.out_dtype == DType::kFloat32;
-    if (words) {
-      CUTE_UNROLL
-      for (int j = 0; j < kOutputs / 32; ++j) store_words(a, rows, output0 + j * 32, j, sums);
-    } else {
-      CUTE_UNROLL
-      for (int j = 0; j < kOutputs / 32; ++j) store_halves(a, rows, output0 + j * 32, j, sums);
+    CUTE_NO_UNROLL
+    for (int at = 0; at < kParts * kGroups; ++at) {
+      Group group;
+      pick_group(at, sums, group);
+      Rows const rows(a, static_cast<int32_t>(token0) + at / kGroups * 64);
+      int64_t const n0 = output0 + at % kGroups * (8 * kColumnTiles);
+      if (words) {
+        store_words(a, rows, n0, group);
+      } else {
+        store_halves(a, rows, n0, group);
+      }
     }
   }
 
@@ -255,18 +271,14 @@ struct Int8LinearKernel {
 
   VDIT_DEVICE static void consume(Params const& a, Shared& s, int group) {
     Place at;
-    bool leads = group == 0 && block_idx_x() < a.order.count();
-    if (group == 1 && block_idx_x() < a.order.count()) named_sync(1, 128 * kConsumers);
+    Stagger stagger(group, block_idx_x() < a.order.count());
     for (int32_t i = block_idx_x(); i < a.order.count(); i += grid_dim_x()) {
       auto const tile = a.order.at(i);
       int64_t const token0 = static_cast<int64_t>(tile.token) * kTokens + group * (kParts * 64);
       int64_t const output0 = static_cast<int64_t>(tile.output) * kOutputs;
       prefetch_residual(a, token0, output0);
       Sums sums;
-      multiply(a, s, at, group, sums, [&] {
-        if (leads) named_arrive(1, 128 * kConsumers);
-        leads = false;
-      });
+      multiply(a, s, at, group, sums, stagger);
       int const thread = not_hoisted(thread_idx());
       store(a, token0 + thread / 32 % 4 * 16 + thread % 32 / 4, output0, sums);
     }
@@ -274,23 +286,8 @@ struct Int8LinearKernel {
 
   VDIT_DEVICE void operator()(Params const& a, char* smem) const {
     Shared& s = *reinterpret_cast<Shared*>(smem);
-    if (thread_idx() == 0) {
-      for (int i = 0; i < kStages; ++i) {
-        barrier_init(&s.full[i], 1);
-        barrier_init(&s.empty[i], kConsumers * 4);
-      }
-      fence_barrier_init();
-    }
-    sync_block();
-    // Told by lane 0: the compiler then knows that a warp is of one mind.
-    int const group = shfl(thread_idx() / 128, 0);
-    if (group == kConsumers) {
-      set_max_registers_down<kProducerRegisters>();
-      if (thread_idx() == kConsumers * 128) produce(a, s);
-    } else {
-      set_max_registers_up<kConsumerRegisters>();
-      consume(a, s, group);
-    }
+    run_gemm<kStages>(
+        s.full, s.empty, [] {}, [&] { produce(a, s); }, [&](int group) { consume(a, s, group); });
   }
 };
 

@@ -18,7 +18,8 @@ void run_int4(LinearParams const& p, int group, void* stream) {
 }  // namespace
 
 void linear_int4(LinearParams const& p, LinearTileSm90 const& tile, void* stream) {
-  if (tile.tokens == kInt4Tiles.large.tokens) return run_int4<kInt4Tiles.large.tokens, kInt4Tiles.large.stages>(p, tile.group, stream);
+  if (tile.tokens == kInt4Tiles.large.tokens)
+    return run_int4<kInt4Tiles.large.tokens, kInt4Tiles.large.stages>(p, tile.group, stream);
   run_int4<kInt4Tiles.small.tokens, kInt4Tiles.small.stages>(p, tile.group, stream);
 }
 

@@ -18,8 +18,10 @@ void run_int8(LinearParams const& p, int group, void* stream) {
 }  // namespace
 
 void linear_int8(LinearParams const& p, LinearTileSm90 const& tile, void* stream) {
-  using Large = Int8LinearKernel<kInt8Tiles.large.tokens / 128, kInt8Tiles.large.outputs, kInt8Tiles.large.stages>;
-  using Small = Int8LinearKernel<kInt8Tiles.small.tokens / 128, kInt8Tiles.small.outputs, kInt8Tiles.small.stages>;
+  using Large =
+      Int8LinearKernel<kInt8Tiles.large.tokens / 128, kInt8Tiles.large.outputs, kInt8Tiles.large.stages>;
+  using Small =
+      Int8LinearKernel<kInt8Tiles.small.tokens / 128, kInt8Tiles.small.outputs, kInt8Tiles.small.stages>;
   if (tile.tokens == Large::kTokens) return run_int8<Large>(p, tile.group, stream);
   run_int8<Small>(p, tile.group, stream);
 }

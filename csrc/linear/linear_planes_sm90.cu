@@ -19,7 +19,8 @@ void run_planes(LinearParams const& p, int group, void* stream) {
 }  // namespace
 
 void linear_planes(LinearParams const& p, LinearTileSm90 const& tile, void* stream) {
-  if (tile.tokens == kPlanesTiles.large.tokens) return run_planes<kPlanesTiles.large.tokens, kPlanesTiles.large.stages>(p, tile.group, stream);
+  if (tile.tokens == kPlanesTiles.large.tokens)
+    return run_planes<kPlanesTiles.large.tokens, kPlanesTiles.large.stages>(p, tile.group, stream);
   run_planes<kPlanesTiles.small.tokens, kPlanesTiles.small.stages>(p, tile.group, stream);
 }
 

@@ -1,9 +1,10 @@
-// Which tile a linear gets on compute capability 9.0: what was decided, apart from what was asked (the launch struct).
-// Pure host code.
+// Which tile a linear gets on compute capability 9.0: what was decided, apart from what was asked (the launch
+// struct). Pure host code.
 #pragma once
 #include <cstdint>
 #include <string>
 
+#include "common/gemm_tile_sm90.h"
 #include "vdit/linear.h"
 
 namespace vdit {
@@ -18,48 +19,42 @@ struct LinearTileSm90 {
   std::string to_string() const {
     static char const* const names[] = {"int8", "int4", "nibble planes", "table"};
     return std::string("linear sm90: ") + names[static_cast<int>(format)] + ", " + std::to_string(tokens) +
-           " tokens x " + std::to_string(outputs) + " outputs, " + std::to_string(stages) + " stages of 128, " +
-           "tokens by " + std::to_string(group) + " tiles";
+           " tokens x " + std::to_string(outputs) + " outputs, " + std::to_string(stages) +
+           " stages of 128, " + "tokens by " + std::to_string(group) + " tiles";
   }
 };
 
 // The tiles there are, larger first.
 //
-// A tile of t x o takes t + o bytes a channel from L2 (t + o / 2 with four-bit codes) for t * o / 4096 cycles of int8
-// products. An SM has some 39 bytes a cycle at most, and public kernels sustain 24 to 30:
-//   int8           256 x 192: 37;  lost: 128 x 256, 256 x 128: 48
+// A tile of t x o takes t + o bytes a channel from L2 (t + o / 2 with four-bit codes) for t * o / 4096 cycles
+// of int8 products. An SM has some 39 bytes a cycle at most, and public kernels sustain 24 to 30:
+//   int8           256 x 160: 42;  lost: 256 x 192: 37, but 192 registers of sums leave its epilogue too few,
+//   and
+//                  20 to 190 bytes are spilled whichever way it is written; 128 x 256, 256 x 128: 48
 //   4-bit codes    128 x 256: 32;  lost: 256 x 128: 40
 //   nibble planes  128 x 256: 48
-// NOTE: calculated, nothing of this has been timed. 192 columns are 192 registers of sums a thread; operands from
-// registers leave no room for them.
+// NOTE: calculated, nothing of this has been timed.
 struct LinearTilesSm90 {
   LinearTileSm90 large, small;
 };
 
 constexpr LinearTilesSm90 linear_tiles_sm90(WeightFormat format) {
   switch (format) {
-    case WeightFormat::kInt8: return {{format, 256, 192, 4, 1}, {format, 128, 128, 6, 1}};
+    case WeightFormat::kInt8: return {{format, 256, 160, 4, 1}, {format, 128, 128, 6, 1}};
     case WeightFormat::kNibblePlanes: return {{format, 128, 256, 4, 1}, {format, 64, 256, 5, 1}};
     default: return {{format, 128, 256, 6, 1}, {format, 64, 256, 8, 1}};
   }
 }
 
-inline int64_t linear_tiles_of(LinearTileSm90 const& tile, int64_t m, int64_t n) {
-  return (m + tile.tokens - 1) / tile.tokens * ((n + tile.outputs - 1) / tile.outputs);
-}
-
 // The large tile, unless the small one keeps the multiprocessors busy with less padding and fewer idle ones.
-// NOTE: that a small tile takes 1.3 times as long for the same products is an estimate from its traffic.
 inline LinearTileSm90 pick_linear_tile_sm90(LinearParams const& p, int multiprocessors) {
   auto const tiles = linear_tiles_sm90(p.format);
   auto const rounds = [&](LinearTileSm90 const& tile) {
-    int64_t const count = linear_tiles_of(tile, p.m, p.n);
-    return static_cast<double>((count + multiprocessors - 1) / multiprocessors) * tile.tokens * tile.outputs;
+    return gemm_rounds_sm90(p.m, p.n, tile.tokens, tile.outputs, multiprocessors);
   };
-  LinearTileSm90 tile = rounds(tiles.large) <= 1.3 * rounds(tiles.small) ? tiles.large : tiles.small;
-  // Activations of a group stay in L2 (a third of its 50 MB) while all weights pass by.
-  int64_t const bytes = static_cast<int64_t>(tile.tokens) * (p.k > 0 ? p.k : 1), fitting = (int64_t{16} << 20) / bytes;
-  tile.group = static_cast<int>(fitting < 1 ? 1 : fitting > 32 ? 32 : fitting);
+  bool const large = rounds(tiles.large) <= kSmallTileCostSm90 * rounds(tiles.small);
+  LinearTileSm90 tile = large ? tiles.large : tiles.small;
+  tile.group = gemm_group_sm90(p.k, tile.tokens);
   return tile;
 }
 

@@ -101,8 +101,8 @@ struct VqOps {
   }
 
   // The weight in a scratch, then a product as any other. Floats take their weight's scale there.
-  static Tensor expand_and_multiply(Scope& scope, VqLinearParams const& p, Tensor const& codebook, Tensor const& x,
-                                    Tensor const& like, Tensor const& out) {
+  static Tensor expand_and_multiply(Scope& scope, VqLinearParams const& p, Tensor const& codebook,
+                                    OptTensor const& bias, Tensor const& x, Tensor const& out) {
     VqDequantizeParams d;
     d.codes = p.codes;
     d.n = p.n;
@@ -110,7 +110,7 @@ struct VqOps {
     d.format = p.format;
     if (!p.is_int8) {
       d.row_scale = p.epilogue.weight_scale;
-      return Backend::multiply_expanded(scope, p, x, dequantized(scope, d, codebook, p.k), out);
+      return Backend::multiply_expanded(scope, p, bias, x, dequantized(scope, d, codebook, p.k), out);
     }
     Tensor const weight = dequantized(scope, d, codebook, (p.k + 15) / 16 * 16);
     LinearParams l;
@@ -122,7 +122,7 @@ struct VqOps {
     l.n = p.n;
     l.k = p.k;
     l.epilogue = p.epilogue;
-    Backend::run(scope, l, like);
+    Backend::run(scope, l, x);
     return out;
   }
 
@@ -164,7 +164,8 @@ struct VqOps {
     if constexpr (Backend::kCuda) check_aligned_rows(op, "x", held, p.stride_x);
     p.codes = codes.const_data_ptr();
     p.codebook = codebook.const_data_ptr();
-    if (Backend::path(p, path, x).path == VqPath::kExpand) return expand_and_multiply(scope, p, codebook, held, x, out);
+    if (Backend::path(p, path, x).path == VqPath::kExpand)
+      return expand_and_multiply(scope, p, codebook, bias, held, out);
     Backend::run(scope, p, x);
     return out;
   }

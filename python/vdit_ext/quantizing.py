@@ -52,7 +52,8 @@ class Job:
     Attributes:
         method, bits, seed, settings: as :func:`vdit_ext.quant.methods.run` takes them.
         layers: regular expressions for names of linears; by default those of the model's class.
-        prompts, steps, guidance: what the calibration samples; None is the model's default.
+        prompts, steps, guidance, height, width, frames: what the calibration samples; None is the model's
+        default.
         rows: rows kept of the input of each layer.
     """
 
@@ -64,6 +65,9 @@ class Job:
     prompts: tuple[str, ...] = ()
     steps: int | None = None
     guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
     rows: int = 512
 
     @property
@@ -320,7 +324,8 @@ def _calls(source: Source, job: Job) -> tuple[int, list[Callable[[Any], Callable
 
     sampler, calls, steps = source.sampler, [], 0
     for i, prompt in enumerate(job.prompts):
-        request = sampler.resolve(Request(prompt, job.seed + i, job.steps, job.guidance))
+        sizes = (job.height, job.width, job.frames)
+        request = sampler.resolve(Request(prompt, job.seed + i, job.steps, job.guidance, *sizes))
         steps = request.steps
         calls.append(lambda note, request=request: lambda: sampler.sample(request, note))
     return steps, calls
@@ -343,6 +348,7 @@ def _fingerprint(source: Source, job: Job, lists: Mapping[str, LayerList]) -> di
         "prompts": list(job.prompts),
         "steps": job.steps,
         "guidance": job.guidance,
+        "size": [job.width, job.height, job.frames],
         "rows": job.rows,
         "weights": {name: _digest(model, lists[name]) for name, model in source.models.items()},
         "format": files.VERSION,

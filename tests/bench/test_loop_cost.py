@@ -44,3 +44,22 @@ def test_exponentials_behind_the_wait_for_the_outputs_do_not_overlap():
 
 def test_a_kernel_without_wgmma_has_no_such_loop():
     assert loop_cost.main_loop([(0x10, "FADD R1, R1, R2"), (0x20, "@P0 BRA 0x10")]) is None
+
+
+def test_a_products_loop_is_the_smallest_around_all_of_them():
+    text = {
+        0x10: "MOV R1, R2",
+        0x20: "LOP3.LUT R3, R3, 0xf, RZ, 0xc0, !PT",
+        0x30: "IGMMA.64x128x32.U8.S8 R24, R4, gdesc[UR28], R24, !UPT",
+        0x40: "@P1 BRA 0x30",
+        0x50: "IGMMA.64x128x32.U8.S8 R88, R8, gdesc[UR28], R88, gsb0",
+        0x60: "@P0 PRMT R4, R5, 0x5410, R6",
+        0x70: "@P0 BRA 0x20",
+        0x80: "BRA 0x10",
+    }
+    (code,) = loop_cost.functions(sass(text)).values()
+    loop = loop_cost.product_loop(code)
+    assert [at for at, _ in loop] == [0x20, 0x30, 0x40, 0x50, 0x60, 0x70]
+    # 64 cycles a product and consumer; two warps a scheduler; LOP3 and PRMT take the ALU for two cycles.
+    assert loop_cost.product_cost(loop) == (256, 12, 8)
+    assert loop_cost.product_loop(code[:1]) is None

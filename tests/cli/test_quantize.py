@@ -168,11 +168,12 @@ def test_bad_prompts_are_one_sentence(vdit, refused, tmp_path, prompts):
     assert not (tmp_path / "new").exists()
 
 
-def test_bad_models_are_one_sentence(vdit, refused, tmp_path):
+def test_bad_models_are_one_sentence(vdit, refused, tmp_path, prompts):
     def call(*more):
         return vdit("quantize", tmp_path / "model", "--out", tmp_path / "new", "--device", "cpu", *more)
 
     refused(call("--method", "rtn"), 'MODEL must be "toy" or a folder')
+    refused(call("--prompts", prompts), 'MODEL must be "toy" or a folder')
     (tmp_path / "model").mkdir()
     refused(call("--method", "rtn"), "has neither a model_index.json with one nor a config.json")
     config = tmp_path / "model" / "config.json"

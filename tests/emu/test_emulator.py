@@ -54,7 +54,7 @@ def test_gemm_with_too_little_shared_memory_is_named(gemm):
 
 
 RIGHT = [
-    "index", "shuffles", "barriers", "atomics", "ldmatrix", "cp_async", "arithmetic", "fma_exp2",
+    "index", "shuffles", "barriers", "atomics", "ldmatrix", "cp_async", "arithmetic", "bytes", "fma_exp2",
     "f16_values", "bf16_values", "block_order", "neighbours", "after_error",
 ]  # fmt: skip
 

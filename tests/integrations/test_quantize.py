@@ -88,6 +88,7 @@ def test_explain_lists_every_linear(case):
                 assert row["format"] == "float32" and kept[row["layer"]] in row["reason"]
             else:
                 assert (row["format"], row["bits"], row["activations"]) == ("int8", "8", "int8")
+                assert row["path"].startswith("cpu, ")
         assert explain(model).linears == told
     assert explain(model).linears == []
 

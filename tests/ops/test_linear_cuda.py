@@ -24,7 +24,9 @@ WEIGHT_FORMATS = {
 # Which tile a product of these sizes gets where there are three multiprocessors. Every side is ragged, and there are
 # more steps of k than stages in shared memory.
 TILES = {
-    "128 x 128 x 64": cases.LinearCase("large", (300,), 400, 120, zero=True, bias=True, gate="s", residual="dense"),
+    "128 x 128 x 64": cases.LinearCase(
+        "large", (300,), 400, 120, zero=True, bias=True, gate="s", residual="dense"
+    ),
     "64 x 64 x 64": cases.LinearCase("medium", (2, 45), 400, 168, zero=True, bias=True, gate="b"),
     "32 x 32 x 256": cases.LinearCase("small", (9,), 1360, 72, zero=True, bias=True, residual="strided"),
 }
@@ -70,7 +72,9 @@ def test_every_tile_with_every_format(emulator, tile, format):
 @pytest.mark.parametrize("n", [256, 252, 250])
 def test_stores_of_every_width(emulator, format, n):
     """Rows of out at multiples of 16 bytes, of 8, and of 4; nothing past a row or the last column is touched."""
-    case = cases.LinearCase("stores", (33,), 48, n, bias=True, gate="s", gate_dtype=torch.bfloat16, residual="dense")
+    case = cases.LinearCase(
+        "stores", (33,), 48, n, bias=True, gate="s", gate_dtype=torch.bfloat16, residual="dense"
+    )
     inputs = cases.make_linear(case, format, torch.bfloat16)
     expected = getattr(torch.ops.vdit, inputs.op)(*inputs.args, **inputs.kwargs)
     torch.testing.assert_close(call(emulator, inputs), expected, rtol=2**-7, atol=1e-3)
@@ -107,10 +111,24 @@ def test_rows_of_every_length(emulator, k, dtype):
 def test_long_products_expand_and_short_ones_do_not():
     """Expanding costs a share of the product that falls with M; unpacking in the kernel the same share at every M."""
     for weight_format in ("int4", "nibble planes", "table"):
-        taken = [_C.linear_path(m, 5120, 5120, weight_format=weight_format)["path"] for m in (1, 64, 10**3, 10**6)]
+        taken = [
+            _C.linear_path(m, 5120, 5120, weight_format=weight_format)["path"] for m in (1, 64, 10**3, 10**6)
+        ]
         assert taken == ["fused", "fused", "fused", "expand"], weight_format
-    found = _C.linear_path(8192, 5120, 5120, compute_capability=90)
-    assert found["expand_cost"] == pytest.approx(253 / 8192)
+
+
+def test_wgmma_unpacks_four_bits_for_nothing_and_planes_not():
+    """What csrc/linear/sm90.md calculates: planes fill shared memory more than int8 weights do."""
+    int4, planes = (
+        _C.linear_path(8192, 5120, 5120, weight_format=name, compute_capability=90)
+        for name in ("int4", "nibble planes")
+    )
+    assert int4["expand_cost"] == planes["expand_cost"] == pytest.approx(253 / 8192)
+    assert (int4["path"], planes["path"]) == ("fused", "expand")
+    assert planes["text"] == (
+        "linear: expand for nibble planes weights at M = 8192: expanding would add 3.1 % to the int8 product and "
+        "26214400 bytes of scratch, unpacking in the kernel 9.0 % (estimates)"
+    )
 
 
 @pytest.mark.parametrize("path", ["fused", "expand"])
@@ -118,7 +136,9 @@ def test_a_path_that_is_asked_for_is_taken(path):
     found = _C.linear_path(16, 64, 100, path=path)
     assert found["path"] == path
     assert found["scratch_bytes"] == (64 * 112 if path == "expand" else 0)
-    assert re.search(rf"linear: {path} for int4 weights at M = 16, as asked: expanding would add", found["text"])
+    assert re.search(
+        rf"linear: {path} for int4 weights at M = 16, as asked: expanding would add", found["text"]
+    )
 
 
 def test_int8_weights_have_one_path():
@@ -130,7 +150,9 @@ def test_int8_weights_have_one_path():
 def test_unknown_names_are_one_sentence():
     with pytest.raises(RuntimeError, match="path must be auto, fused or expand, got 'both'"):
         _C.linear_path(1, 1, 16, path="both")
-    with pytest.raises(RuntimeError, match="weight_format must be int8, int4, nibble planes or table, got 'int2'"):
+    with pytest.raises(
+        RuntimeError, match="weight_format must be int8, int4, nibble planes or table, got 'int2'"
+    ):
         _C.linear_path(1, 1, 16, weight_format="int2")
 
 

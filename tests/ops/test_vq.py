@@ -11,11 +11,11 @@ from cases.attention import as_it_lies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vdit_ext import ops
+from vdit_ext import _C, ops
 from vdit_ext.ops import vq as defs
 from vdit_ext.testing import assert_close, generator
 
-BACKENDS = ("cpu", "emu", "cuda")
+BACKENDS = ("cpu", "emu", "emu_sm90", "cuda")
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 HALVES = [torch.bfloat16, torch.float16]
 FLOATS = [*HALVES, torch.float32]
@@ -393,6 +393,19 @@ def test_cuda_refuses(backend):
     inputs = cases.make_linear(cases.LinearCase("bad", (3,), n=33, k=64), 4, torch.float32).to(backend.device)
     with pytest.raises(RuntimeError, match="x must be int8, float16 or bfloat16 on CUDA, got float32"):
         backend.ops.vq_linear(*inputs.args)
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["halves", "int8"])
+def test_the_choice_of_a_path_says_why(int8):
+    """Few rows are looked up, many expanded; the switch is where expanding becomes the cheaper one."""
+    chosen = [_C.vq_path(m, int8=int8) for m in (1, 16, 17, 100, 1000, 10**5)]
+    assert [c["path"] for c in chosen][-1] == "expand" and chosen[2]["path"] == "fused"
+    assert chosen[0]["path"] == ("fused" if int8 else "rows")
+    for choice in chosen:
+        assert (choice["path"] == "expand") == (choice["expand_cost"] < choice["fused_cost"])
+        assert choice["path"] in choice["text"] and "estimates" in choice["text"]
+    assert _C.vq_path(10**5, int8=int8, path="fused")["path"] == "fused"
+    assert "as asked" in _C.vq_path(4, int8=int8, path="expand")["text"]
 
 
 # --- torch --------------------------------------------------------------------------------------------------

@@ -9,7 +9,16 @@ import torch
 from torch import nn
 
 from vdit_ext import ops
-from vdit_ext.quant import InputTransform, LinearInfo, QuantLayer, QuantLinear, apply, linear_layers, vq4dit
+from vdit_ext.quant import (
+    InputTransform,
+    LinearInfo,
+    QuantLayer,
+    QuantLinear,
+    apply,
+    linear_layers,
+    vq4dit,
+    vq_training,
+)
 from vdit_ext.quant.accounting import MIB, LinearSize, dit_linears, vq_size
 from vdit_ext.quant.block_calls import Strata, record_calls
 from vdit_ext.quant.kmeans_vq import (
@@ -352,10 +361,10 @@ def test_two_phase_codebooks_stay_until_assignments_are_hard():
 
 def test_the_gate_minimises_distortion_alone_while_the_ratio_loss_is_lowest():
     gate = vq4dit.Settings(schedule="gate")
-    assert vq4dit._ratio_factor(gate, 3, 0.4, 0.4) == 0
-    assert vq4dit._ratio_factor(gate, 3, 0.5, 0.4) == 1
+    assert vq_training.ratio_factor(gate, 3, 0.4, 0.4) == 0
+    assert vq_training.ratio_factor(gate, 3, 0.5, 0.4) == 1
     ramp = vq4dit.Settings(steps=10, ratio_weight=1.0)
-    assert [vq4dit._ratio_factor(ramp, step, 0.5, 0.4) for step in (0, 5)] == [0, 0.5]
+    assert [vq_training.ratio_factor(ramp, step, 0.5, 0.4) for step in (0, 5)] == [0, 0.5]
 
 
 def test_a_block_that_calibration_makes_worse_keeps_kmeans():
@@ -489,6 +498,7 @@ def test_named_layers_get_no_modulation_unless_it_is_asked_for():
     some = [info for info in every if info.kind == "ffn"]
     assert len(vq4dit.linears_of(model, every)) == 2 * 7, "all of a DiT's own"
     assert vq4dit.linears_of(model, some) == some
+    assert vq4dit.linears_of(model, vq4dit.linears_of(model)) == vq4dit.linears_of(model)
     assert len(vq4dit.linears_of(model, some, modulation=True)) == 2 * 3
     assert len(vq4dit.linears_of(model, {info.name: info for info in every}, modulation=False)) == 2 * 6
 
@@ -661,6 +671,17 @@ def test_a_calibration_without_runs_is_refused(calibration):
 def test_a_run_that_leaves_blocks_out_is_refused():
     with pytest.raises(ValueError, match="must call every block, transformer_blocks.0 was not called"):
         vq4dit.quantize(tiny_dit(), lambda: None, **SHORT)
+
+
+def test_values_that_are_not_finite_are_refused():
+    model = tiny_dit()
+    model.transformer_blocks[1].attn1.to_k.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="transformer_blocks.1.attn1.to_k must be finite, it has a NaN"):
+        quantize_dit(model)
+    toy = Toy(0)
+    run = lambda: toy.model(torch.full((2, 64), torch.inf))  # noqa: E731
+    with pytest.raises(ValueError, match="outputs of a block must be finite during calibration"):
+        vq4dit.quantize(toy.model, run, layers=toy.layers, **SHORT)
 
 
 def test_input_features_that_words_do_not_divide_are_refused_before_anything_runs():

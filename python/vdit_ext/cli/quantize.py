@@ -73,6 +73,8 @@ def quantize(
     ] = None,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
+    size: options.Size = None,
+    frames: options.Frames = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
 ) -> None:
@@ -86,7 +88,7 @@ def quantize(
     weights, and of their outputs on inputs of the calibration, their size, and at the end size and seconds.
     --json prints all layers: model, layer, kind, format, bits, bytes, weight_snr, output_snr.
     """
-    job = _job(model, method, bits, seed, layers, settings, prompts, steps, guidance, rows)
+    job = _job(model, method, bits, seed, layers, settings, prompts, rows, (steps, guidance, size, frames))
     check_folder(out)
     if model == "toy" and (dtype is not None or device is not None):
         raise Refusal("--dtype and --device go with a folder; the toy model runs in float32 on the CPU")
@@ -111,9 +113,8 @@ def _job(
     layers: list[str] | None,
     settings: list[str] | None,
     prompts: Path | None,
-    steps: int | None,
-    guidance: float | None,
     rows: int,
+    sampling: tuple[int | None, float | None, str | None, int | None],
 ) -> Job:
     """A checked job; whatever can be refused without loading a model is refused here."""
     options.check_quant_method(method)
@@ -131,11 +132,14 @@ def _job(
         said = ()
     elif not said:
         raise Refusal(f"--prompts: a file of prompts was expected for {method}, which calibrates, got none")
-    if model == "toy":
-        for prompt in said:
-            options.request_for(prompt, seed, steps, guidance, None)
-    chosen = bits or entry.bits[0]
-    return Job(method, chosen, seed, given, tuple(layers) if layers else None, said, steps, guidance, rows)
+    steps, guidance, size, frames = sampling
+    folder = None if model == "toy" else Path(model)
+    if folder is not None and not folder.is_dir():
+        raise Refusal(f'MODEL must be "toy" or a folder of a pipeline or a transformer, got {model!r}')
+    requests = [options.request_for(p, seed, steps, guidance, folder, size, frames) for p in said]
+    sizes = {f: getattr(requests[0], f) for f in ("height", "width", "frames")} if requests else {}
+    chosen = tuple(layers) if layers else None
+    return Job(method, bits or entry.bits[0], seed, given, chosen, said, steps, guidance, **sizes, rows=rows)
 
 
 def _source(model: str, job: Job, dtype: str | None, device: str | None, reporter: Reporter) -> Source:

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from .. import _C
 from ..quant import files
 from ..quant.apply import Applied, QuantizedModel, apply
 from ..quant.layers import CLASSES, class_layers, linear_layers, plain_linears
@@ -193,11 +195,28 @@ def bits_phrase(name: str, layer: QuantLinear, applied: Applied | None) -> str:
     return f"{', '.join(map(str, bits))} by parts of the steps"
 
 
+# Names of the formats to :func:`vdit_ext._C.linear_path`.
+_PACKED = {"int4": "int4", "nibble_planes": "nibble planes", "twin_log": "table"}
+
+
 def _path(layer: QuantLinear) -> str:
-    """Which product runs; where it depends on the number of rows, both are named."""
-    config = layer.config()
+    """Which product runs: on the CPU there is one; on CUDA that of the latest call, by its number of rows."""
+    config, device = layer.config(), layer.qweight.device
+    if device.type == "cpu":
+        return f"cpu, {_C.cpu_isa()}"
     if config["format"] == "int8":
-        return "int8 product"
-    if config["format"] == "vq" and not config["input"]["bits"]:
-        return "codewords, fused or expanded by rows"
-    return "int8 product, fused or expanded by rows"
+        return "int8"
+    if config["format"] not in _PACKED or layer.last_rows is None or device.type != "cuda":
+        return "fused or expanded, by the number of rows"
+    # High planes alone are plain codes of four bits.
+    narrow = config["format"] == "nibble_planes" and layer.bits == 4
+    major, minor = torch.cuda.get_device_capability(device)
+    chosen = _C.linear_path(
+        layer.last_rows,
+        layer.out_features,
+        layer.in_features,
+        weight_format="int4" if narrow else _PACKED[config["format"]],
+        table_size=8 if config["bits"] == 3 else 16,
+        compute_capability=90 if (major, minor) == (9, 0) else 80,
+    )
+    return {"fused": "fused", "expand": "expanded"}[chosen["path"]] + f" at {layer.last_rows} rows"

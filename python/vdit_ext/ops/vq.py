@@ -257,9 +257,10 @@ def vq_linear(
         residual: ``[..., N]`` of ``out_dtype``.
         out_dtype: fp32, fp16, bf16, or int32 for the bare sums of an int8 product (then nothing else is given).
             By default x's dtype, bf16 for int8.
-        path: "fused" looks words up where they are multiplied; "expand" writes the weight to a scratch first,
-            all of it on CUDA, a panel that fits the cache at a time on the CPU. "auto" chooses by M
-            (:func:`vq_linear_path`).
+        path: on CUDA, "fused" looks words up where they are multiplied; "expand" writes the weight to a scratch
+            and multiplies that, floats with torch's linear, whose product is rounded to x's dtype before the
+            rest of the epilogue. "auto" chooses by M (``vdit_ext._C.vq_path`` says how). The CPU always looks
+            words up, unless an int8 product is to "expand".
 
     Returns:
         ``[..., N]`` of ``out_dtype``. With int8 the sums are exact; otherwise they are fp32.

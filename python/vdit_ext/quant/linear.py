@@ -160,6 +160,7 @@ class QuantLinear(nn.Linear):
     prologue: dict[str, Any] | None = None
     epilogue: dict[str, Any] | None = None
     ahead: QuantizedRows | None = None  # or the rows themselves, quantized once for several layers
+    last_rows: int | None = None  # of the latest call that was not compiled; which product runs depends on it
 
     def __init__(self, layer: QuantLayer, shared: SharedRows | None = None) -> None:
         nn.Module.__init__(self)  # not that of nn.Linear, which would allocate a weight
@@ -234,6 +235,8 @@ class QuantLinear(nn.Linear):
                 where layers do not share by themselves, quantizes x once.
         """
         flat = x if x.ndim in (2, 3) else x.reshape(-1, self.in_features)
+        if not torch.compiler.is_compiling():
+            self.last_rows = x.numel() // self.in_features
         weight = self._weight()
         rows = self.ahead if rows is None else rows
         if rows is None:

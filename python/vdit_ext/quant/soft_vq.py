@@ -21,8 +21,8 @@ def first_logits(distances: Tensor, init: str = "inverse_distance") -> Tensor:
     """Logits ``[V, n]`` from the distances of n candidates, nearest first.
 
     "inverse_distance": ``log(D_n / D_j)``, so that for n = 2 the first ratio is ``D_2 / (D_1 + D_2)``;
-    "uniform": every ratio 1 / n (the paper). The released code adds 1e-5 to D_j alone, with which the farther of two
-    candidates leads where they are nearly tied; here it is added to both.
+    "uniform": every ratio 1 / n (the paper). The released code adds 1e-5 to D_j alone, with which the farther
+    of two candidates leads where they are nearly tied; here it is added to both.
     """
     if init == "uniform":
         return torch.zeros_like(distances)

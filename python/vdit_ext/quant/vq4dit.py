@@ -38,104 +38,15 @@ from .block_calls import Call, floating, record_calls
 from .kmeans_vq import VQFormat, clamp_codewords, kmeans_vq, row_scales, split_words, vq_format
 from .layers import LinearInfo
 from .linear import QuantLayer
-from .soft_vq import SoftWeight, ratio_loss
+from .soft_vq import SoftWeight
 from .transform import InputTransform
+from .vq_training import PARTS, RELEASED, Settings, Student, calibrate, parameter_name
 from .weights import DenseWeight, Int8Weight, VQWeight
+
+__all__ = ["BITS", "RELEASED", "SERVING", "Settings", "linears_of", "quantize", "quantize_kmeans", "serve"]
 
 Progress = Callable[[int, int, str], None]
 BITS = ("w2", "w3")  # the default first
-_PARTS = 10  # of a block's calibration, for progress
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to calibrate, by default as decided in section 8 of the specification.
-
-    Attributes:
-        candidates: n, codewords a word may choose from; at most 8.
-        ratio_init: "inverse_distance" or "uniform".
-        codebooks: "joint": codebooks learn with the ratios; "two_phase": only once assignments are hard.
-        schedule: weight of the ratio loss: "ramp": from 0 to ``ratio_weight`` over ``steps``; "gate": 0 where
-            the ratio loss is the lowest of the last 50 updates, else ``ratio_weight``.
-        units: "relative": distortion in units of plain k-means', rates of codebooks and biases in units of the
-            codebook's root mean square; "absolute": mean squares and rates as they are.
-        mode: "block": each block alone, on the full-precision model's inputs; "end_to_end": all at once,
-            through the whole model.
-        steps: updates with soft assignments, at most; then all are forced to their likeliest candidate.
-        codebook_steps: updates of codebooks and biases after that.
-        calls: of each block that are kept for calibration; a quarter of them is held out to check on.
-        ratio_rate, codebook_rate, bias_rate: learning rates of RMSprop with this ``alpha``. A bias counts in
-            units of its weight's codebook.
-        freeze_above: a word's choice is made once a ratio is above this.
-        hard_above: a weight is hard once this share of its words is frozen.
-        ratio_weight: weight of the ratio loss.
-        iterations: of k-means.
-        row_scale: a factor for each row, its root mean square, before k-means.
-        share_qkv: one codebook for queries, keys and values of an attention, as in the released code.
-        modulation: also the modulation linears inside of blocks (adaLN); None: for DiTTransformer2DModel, where
-            the paper does so, and for no other.
-        codebook_dtype: "float16", "float32", or "int8", which multiplies 8-bit activations.
-        blocks_at_once: blocks whose calls are kept at a time; each group needs a run of the sampler; 0: all.
-    """
-
-    candidates: int = 2
-    ratio_init: str = "inverse_distance"
-    codebooks: str = "joint"
-    schedule: str = "ramp"
-    units: str = "relative"
-    mode: str = "block"
-    steps: int = 400
-    codebook_steps: int = 400
-    calls: int = 32
-    ratio_rate: float = 5e-2
-    codebook_rate: float = 1e-2
-    bias_rate: float = 1e-2
-    alpha: float = 0.9
-    freeze_above: float = 0.99
-    hard_above: float = 0.99
-    ratio_weight: float = 4.0
-    iterations: int = 100
-    row_scale: bool = False
-    share_qkv: bool = False
-    modulation: bool | None = None
-    codebook_dtype: str = "float16"
-    blocks_at_once: int = 0
-
-    def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                wanted = " or ".join(map(repr, allowed))
-                raise ValueError(f"vdit_ext.quant: {name} must be {wanted}, got {getattr(self, name)!r}")
-        for name, least, most in (("candidates", 1, 8), ("calls", 1, None), ("steps", 0, None)):
-            value = getattr(self, name)
-            if value < least or (most is not None and value > most):
-                wanted = f"{least} to {most}" if most is not None else f"at least {least}"
-                raise ValueError(f"vdit_ext.quant: {name} must be {wanted}, got {value}")
-
-
-_CHOICES = {
-    "ratio_init": ("inverse_distance", "uniform"),
-    "codebooks": ("joint", "two_phase"),
-    "schedule": ("ramp", "gate"),
-    "units": ("relative", "absolute"),
-    "mode": ("block", "end_to_end"),
-    "codebook_dtype": ("float16", "float32", "int8"),
-}
-
-
-# The released code: one loss over all blocks, 1,000 trajectories of 50 steps at these rates.
-RELEASED: dict[str, Any] = {
-    "mode": "end_to_end",
-    "codebooks": "two_phase",
-    "schedule": "gate",
-    "units": "absolute",
-    "codebook_rate": 1e-4,
-    "bias_rate": 1e-4,
-    "ratio_weight": 1.0,
-    "share_qkv": True,
-    "modulation": True,
-    "codebook_dtype": "float32",
-}
 
 
 def quantize(
@@ -204,9 +115,8 @@ def quantize_kmeans(
     job = _Job.of(model, bits, seed, layers, settings, progress)
     found = {}
     for block in job.blocks:
-        found[block] = vq_checkpoint.Block(
-            {name: job.coded(name, soft) for name, soft in job.soft(block).items()}
-        )
+        coded = {name: job.coded(name, soft) for name, soft in job.soft(block).items()}
+        found[block] = vq_checkpoint.Block(coded)
     return job.result("kmeans_vq", found)
 
 
@@ -233,8 +143,11 @@ class _Job:
         model = getattr(model, "_orig_mod", model)
         chosen = Settings(**settings)
         job = cls(model, bits, seed, chosen, linears_of(model, layers, chosen.modulation), progress)
-        for info in job.infos:
-            split_words(job.linear(info.name).weight[:1], job.form.dim)  # refuses before anything runs
+        for info in job.infos:  # refuses before anything runs
+            weight = job.linear(info.name).weight
+            split_words(weight[:1], job.form.dim)
+            if not bool(weight.isfinite().all()):
+                raise ValueError(f"vdit_ext.quant: {info.name} must be finite, it has a NaN or an infinity")
         return job
 
     @property
@@ -256,12 +169,12 @@ class _Job:
         """One part is done."""
         self.done += 1
         if self.progress is not None:
-            total = len(self.infos) + _PARTS * (1 if self.settings.mode == "end_to_end" else len(self.blocks))
+            total = len(self.infos) + PARTS * (1 if self.settings.mode == "end_to_end" else len(self.blocks))
             self.progress(min(self.done, total), total, what)
 
     def skip(self, block: str) -> None:
         """All parts of a block were done before."""
-        self.done += len(self.blocks.get(block, self.infos)) + _PARTS - 1
+        self.done += len(self.blocks.get(block, self.infos)) + PARTS - 1
         self.tell(block or "model")
 
     def soft(self, block: str) -> dict[str, SoftWeight]:
@@ -364,202 +277,20 @@ def linears_of(
     if layers is not None and not _is_known(model):
         return given
     known = layer_lists.linear_layers(model)
-    given = given or list(known)
+    given = list(known) if layers is None else given
     if modulation is None:
         whole = {info.name for info in known} <= {info.name for info in given}
         modulation = whole and any(c.__name__ == "DiTTransformer2DModel" for c in type(model).__mro__)
     blocks: dict[str, list[LinearInfo]] = {}
     for info in given:
         blocks.setdefault(info.block, []).append(info)
-    linears = layer_lists.plain_linears(model)
+    linears, named = layer_lists.plain_linears(model), {info.name for info in given}
     for name, reason in known.kept.items() if modulation else ():
         block = next((block for block in blocks if name.startswith(f"{block}.")), None)
-        if reason == layer_lists.MODULATION and block is not None:
+        if reason == layer_lists.MODULATION and block is not None and name not in named:
             size = (linears[name].in_features, linears[name].out_features)
             blocks[block].append(LinearInfo(name, block, layer_lists.MODULATION, name, *size))
     return [info for infos in blocks.values() for info in infos]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Calibration
-# ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Student:
-    """A module whose linears are being replaced: a block, or the whole model.
-
-    outputs(overrides, call): the tensors that are compared, with these parameters instead of the module's own.
-    soft and biases go by the names of the parameters ``weight`` and ``bias`` inside of the module.
-    """
-
-    outputs: Callable[[dict[str, Tensor], Call], tuple[Tensor, ...]]
-    soft: dict[str, SoftWeight]
-    biases: dict[str, Tensor]
-    dtype: torch.dtype
-
-    def run(self, call: Call, *, hard: bool = False) -> tuple[Tensor, ...]:
-        made = {name: soft.weight(hard=hard).to(self.dtype) for name, soft in self.soft.items()}
-        return self.outputs(made | {name: bias.to(self.dtype) for name, bias in self.biases.items()}, call)
-
-    def distortion(self, call: Call, *, hard: bool = False) -> Tensor:
-        """Mean over the compared tensors of their mean squared errors."""
-        errors = [
-            (came.float() - wanted.to(came.device).float()).square().mean()
-            for came, wanted in zip(self.run(call, hard=hard), call.outputs, strict=True)
-        ]
-        return torch.stack(errors).mean()
-
-    @torch.no_grad()
-    def hard_error(self, calls: list[Call]) -> float:
-        """What the finished model would have: mean distortion with every choice made."""
-        return float(torch.stack([self.distortion(call, hard=True) for call in calls]).double().mean())
-
-    def codebooks(self) -> list[Tensor]:
-        """Each once, though weights may share them."""
-        return list({id(soft.codebook): soft.codebook for soft in self.soft.values()}.values())
-
-    def groups(self, settings: Settings) -> list[dict[str, Any]]:
-        """Codebooks and biases with their learning rates, as an optimizer takes them."""
-
-        def unit(codebook: Tensor) -> float:
-            return float(codebook.detach().square().mean().sqrt()) if settings.units == "relative" else 1.0
-
-        found = [{"params": [book], "lr": settings.codebook_rate * unit(book)} for book in self.codebooks()]
-        for name, bias in self.biases.items():
-            book = self.soft[_joined(name.rpartition(".")[0], "weight")].codebook
-            found.append({"params": [bias], "lr": settings.bias_rate * unit(book)})
-        return found
-
-
-def calibrate(
-    student: _Student,
-    calls: list[Call],
-    settings: Settings,
-    seed: int = 0,
-    after_part: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Train ratios, codebooks and biases of a student until all of its weights are hard.
-
-    Returns the report: mean squared errors on held-out calls of plain k-means and after, and what was kept.
-    """
-    used, held = _split_calls(calls)
-    before = _state(student)
-    plain = student.hard_error(held)
-    unit = max(student.hard_error(used), 1e-30) if settings.units == "relative" else 1.0
-    generator = torch.Generator().manual_seed(seed)
-    parts = _parts(settings.steps + settings.codebook_steps, after_part)
-    steps = _soften(student, used, settings, unit, generator, parts)
-    frozen = {name: soft.frozen_share for name, soft in student.soft.items()}
-    for soft in student.soft.values():
-        soft.harden()
-    assigned = student.hard_error(held)
-    _polish(student, used, settings, unit, generator, parts)
-    after = student.hard_error(held)
-    report = {"kmeans": plain, "assigned": assigned, "calibrated": after, "soft_steps": steps}
-    report["frozen_before_forced"] = sum(frozen.values()) / len(frozen)
-    report["kept"] = "calibrated" if after <= plain else "kmeans"
-    if after > plain:
-        _restore(student, before)
-    return report
-
-
-def _split_calls(calls: list[Call]) -> tuple[list[Call], list[Call]]:
-    """Every fourth call is held out; with fewer than four, all are used and looked at."""
-    held = calls[3::4]
-    return ([call for i, call in enumerate(calls) if i % 4 != 3], held) if held else (calls, calls)
-
-
-def _parts(total: int, after_part: Callable[[], None]) -> Callable[[int], None]:
-    """A function to call with the number of updates done; it tells of each tenth once."""
-    told = 0
-
-    def reached(done: int) -> None:
-        nonlocal told
-        while told < _PARTS and done * _PARTS >= (told + 1) * total:
-            told += 1
-            after_part()
-
-    return reached
-
-
-def _soften(student, calls, settings, unit, generator, parts) -> int:
-    """The updates with soft assignments; returns how many there were."""
-    softs = list(student.soft.values())
-    ratios = {"params": [soft.logits for soft in softs], "lr": settings.ratio_rate}
-    optimizer = torch.optim.RMSprop([ratios, *student.groups(settings)], alpha=settings.alpha)
-    lowest = float("inf")
-    for step in range(settings.steps):
-        open_softs = [soft for soft in softs if not soft.hard]
-        if not open_softs:
-            return step
-        lowest = float("inf") if step % 50 == 0 else lowest  # as long as a trajectory in the released code
-        doubt = torch.stack([ratio_loss(soft.logits, soft.frozen) for soft in open_softs]).mean()
-        weight = settings.ratio_weight * _ratio_factor(settings, step, float(doubt.detach()), lowest)
-        lowest = min(lowest, float(doubt.detach()))
-        loss = student.distortion(_draw(calls, generator)) / unit + weight * doubt
-        _set_gradients(optimizer, loss)
-        for soft in softs:
-            if soft.logits.grad is not None:
-                soft.logits.grad[soft.frozen] = 0
-        if settings.codebooks == "two_phase":
-            waiting = {id(soft.codebook) for soft in open_softs}
-            for book in student.codebooks():
-                book.grad = None if id(book) in waiting else book.grad
-        optimizer.step()
-        for soft in open_softs:
-            soft.freeze(settings.freeze_above)
-            if soft.frozen_share > settings.hard_above:
-                soft.harden()
-        parts(step + 1)
-    return settings.steps
-
-
-def _ratio_factor(settings: Settings, step: int, doubt: float, lowest: float) -> float:
-    if settings.schedule == "ramp":
-        return step / settings.steps
-    return 0.0 if doubt <= lowest else 1.0
-
-
-def _polish(student, calls, settings, unit, generator, parts) -> None:
-    """The updates of codebooks and biases under hard assignments, at rates that fall to zero."""
-    optimizer = torch.optim.RMSprop(student.groups(settings), alpha=settings.alpha)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for step in range(settings.codebook_steps):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 - step / settings.codebook_steps)
-        _set_gradients(optimizer, student.distortion(_draw(calls, generator)) / unit)
-        optimizer.step()
-        parts(settings.steps + step + 1)
-    parts(settings.steps + settings.codebook_steps)
-
-
-def _set_gradients(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Gradients of the optimizer's own tensors, and of none of the model's parameters."""
-    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    for tensor, gradient in zip(tensors, torch.autograd.grad(loss, tensors, allow_unused=True), strict=True):
-        tensor.grad = gradient
-
-
-def _draw(calls: list[Call], generator: torch.Generator) -> Call:
-    return calls[int(torch.randint(len(calls), (1,), generator=generator))]
-
-
-def _state(student: _Student) -> list[Tensor]:
-    """What calibration changes, copied; logits stand for the choices."""
-    tensors = [soft.logits for soft in student.soft.values()] + student.codebooks()
-    return [tensor.detach().clone() for tensor in [*tensors, *student.biases.values()]]
-
-
-@torch.no_grad()
-def _restore(student: _Student, state: list[Tensor]) -> None:
-    tensors = [soft.logits for soft in student.soft.values()] + student.codebooks()
-    for tensor, before in zip([*tensors, *student.biases.values()], state, strict=True):
-        tensor.copy_(before)
-    for soft in student.soft.values():
-        soft.logits.zero_()
-        soft.logits[:, 0] = 1  # the nearest codeword
-        soft.harden()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -587,7 +318,7 @@ def _by_block(job: _Job, runs: tuple[Callable[[], Any], ...], store: vq_checkpoi
 
 def _one_block(job: _Job, block: str, calls: list[Call]) -> vq_checkpoint.Block:
     module = job.model.get_submodule(block)
-    student, by_layer = _student(job, job.soft(block), module, block, functools.partial(_call_module, module))
+    student, by_layer = _student(job, job.soft(block), module, functools.partial(_call_module, module))
     report = calibrate(student, calls, job.settings, job.seed_of(f"order {block}"), lambda: job.tell(block))
     return vq_checkpoint.Block(_coded(job, student, by_layer), report)
 
@@ -603,7 +334,7 @@ def _end_to_end(job: _Job, runs: tuple[Callable[[], Any], ...], store: vq_checkp
     with torch.no_grad():
         calls = [Call(call.args, call.kwargs, outputs({}, call)) for call in recorded[""]]
     soft = {name: weight for block in blocks for name, weight in job.soft(block).items()}
-    student, by_layer = _student(job, soft, job.model, "", outputs)
+    student, by_layer = _student(job, soft, job.model, outputs)
     report = calibrate(student, calls, job.settings, job.seed_of("order"), lambda: job.tell("model"))
     found = vq_checkpoint.Block(_coded(job, student, by_layer), report)
     if store is not None:
@@ -611,7 +342,7 @@ def _end_to_end(job: _Job, runs: tuple[Callable[[], Any], ...], store: vq_checkp
     return {"model": found}
 
 
-def _student(job: _Job, soft: dict[str, SoftWeight], module: nn.Module, prefix: str, outputs):
+def _student(job: _Job, soft: dict[str, SoftWeight], module: nn.Module, outputs):
     """A student, and for each layer the name of its linear inside of the module."""
     inside = {linear: name for name, linear in module.named_modules() if isinstance(linear, nn.Linear)}
     places = {name: inside[job.linear(name)] for name in soft}
@@ -620,23 +351,18 @@ def _student(job: _Job, soft: dict[str, SoftWeight], module: nn.Module, prefix: 
         linear = job.linear(name)
         if linear.bias is not None:
             copy = linear.bias.detach().to(torch.float32, copy=True)
-            biases[_joined(place, "bias")] = copy.requires_grad_(True)
-    by_parameter = {_joined(places[name], "weight"): weight for name, weight in soft.items()}
+            biases[parameter_name(place, "bias")] = copy.requires_grad_(True)
+    by_parameter = {parameter_name(places[name], "weight"): weight for name, weight in soft.items()}
     dtype = next(job.linear(name).weight.dtype for name in soft)
-    return _Student(outputs, by_parameter, biases, dtype), places
+    return Student(outputs, by_parameter, biases, dtype), places
 
 
-def _joined(place: str, leaf: str) -> str:
-    return f"{place}.{leaf}" if place else leaf
-
-
-def _coded(job: _Job, student: _Student, places: dict[str, str]) -> dict[str, vq_checkpoint.Coded]:
-    return {
-        name: job.coded(
-            name, student.soft[_joined(place, "weight")], student.biases.get(_joined(place, "bias"))
-        )
-        for name, place in places.items()
-    }
+def _coded(job: _Job, student: Student, places: dict[str, str]) -> dict[str, vq_checkpoint.Coded]:
+    found = {}
+    for name, place in places.items():
+        bias = student.biases.get(parameter_name(place, "bias"))
+        found[name] = job.coded(name, student.soft[parameter_name(place, "weight")], bias)
+    return found
 
 
 def _call_module(module: nn.Module, overrides: dict[str, Tensor], call: Call) -> tuple[Tensor, ...]:

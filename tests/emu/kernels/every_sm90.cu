@@ -29,6 +29,7 @@ struct EveryKernel {
       barrier_init(empty, 1);
       fence_barrier_init();
       tma_prefetch(p.maps[0]);
+      prefetch_l2(p.bytes);
     }
     sync_block();
     if (warp_idx() >= 4) {
@@ -114,6 +115,7 @@ void launch_every(void* stream, void* q, float* out) {
   launch<EveryKernel<cute::half_t, 128, Major::kMN>>({1, 1, 1}, kSmemBytes, stream, p);
   launch<EveryKernel<cute::bfloat16_t, 176, Major::kMN>>({1, 1, 1}, kSmemBytes, stream, p);
   launch<EveryKernel<int8_t, 128, Major::kK>>({1, 1, 1}, kSmemBytes, stream, p);
+  launch<EveryKernel<uint8_t, 128, Major::kK>>({1, 1, 1}, kSmemBytes, stream, p);
 }
 
 }  // namespace vdit

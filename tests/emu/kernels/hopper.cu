@@ -37,11 +37,15 @@ VDIT_DEVICE Barrier* make_barriers(char* smem, int count, int arrivals) {
 }
 
 template <class T>
-std::vector<T> numbers(size_t count, unsigned seed) {  // small integers, whose sums are exact
+std::vector<T> numbers(size_t count, unsigned seed) {  // small integers, whose sums are exact; uint8_t: any
   std::vector<T> all(count);
   for (auto& x : all) {
     seed = seed * 1664525u + 1013904223u;
-    x = static_cast<T>(static_cast<float>(static_cast<int>(seed >> 24) % 9 - 4));
+    if constexpr (std::is_same<T, uint8_t>::value) {
+      x = static_cast<uint8_t>(seed >> 24);
+    } else {
+      x = static_cast<T>(static_cast<float>(static_cast<int>(seed >> 24) % 9 - 4));
+    }
   }
   return all;
 }
@@ -523,6 +527,13 @@ struct ProductKernel {
   }
 };
 
+// A value of b: signed where a is not.
+template <class T>
+float value_of_b(T b) {
+  if constexpr (std::is_same<T, uint8_t>::value) return static_cast<float>(static_cast<int8_t>(b));
+  return static_cast<float>(b);
+}
+
 template <class T, int N, Major kMajorB, SmemSwizzle kSwizzle, bool kRegistersA>
 void test_product() {
   using Kernel = ProductKernel<T, N, kMajorB, kSwizzle, kRegistersA>;
@@ -535,7 +546,7 @@ void test_product() {
     for (int n = 0; n < N; ++n) {
       auto sum = static_cast<float>(start[size_t(m * N + n)]);
       for (int k = 0; k < kK; ++k) {
-        sum += static_cast<float>(a[size_t(m * kK + k)]) * static_cast<float>(b[size_t(n * kK + k)]);
+        sum += static_cast<float>(a[size_t(m * kK + k)]) * value_of_b(b[size_t(n * kK + k)]);
       }
       if (static_cast<float>(d[size_t(m * N + n)]) != sum) {
         throw std::runtime_error(kernel_name<Kernel>() + ": d(" + std::to_string(m) + ", " +
@@ -567,6 +578,11 @@ void test_products_s8() {
   test_product<int8_t, 128, Major::kK, SmemSwizzle::k128, false>();
   test_product<int8_t, 96, Major::kK, SmemSwizzle::k64, true>();
   test_product<int8_t, 16, Major::kK, SmemSwizzle::kNone, true>();
+}
+
+void test_products_u8() {
+  test_product<uint8_t, 128, Major::kK, SmemSwizzle::k128, false>();
+  test_product<uint8_t, 48, Major::kK, SmemSwizzle::k64, true>();
 }
 
 // Three groups under way on two accumulators: d0 is due at wait<1>, and d1, which the last group adds to
@@ -911,6 +927,7 @@ int main(int, char** arguments) {
           {"products_k", test_products_k},
           {"products_mn", test_products_mn},
           {"products_s8", test_products_s8},
+          {"products_u8", test_products_u8},
           {"groups", test_groups},
           {"pipe", run_pipe<Slip::kNone>},
           {"stale_phase", run_pipe<Slip::kStalePhase>},

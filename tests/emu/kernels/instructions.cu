@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "case.h"
-#include "common/device.h"
+#include "common/kernel_util.cuh"
 #include "common/launch.h"
 
 namespace vdit {
@@ -219,6 +219,32 @@ void test_arithmetic() {
   }
 }
 
+CASE_KERNEL(BytesKernel, 32) {
+  int const i = thread_idx();
+  p.words[i] = byte_perm(0x83028100u, 0x87068504u, 0x11111111u * static_cast<uint32_t>(i % 16));
+  p.words[32 + i] = byte_perm(0x44332211u, 0x88776655u, 0xabcd0000u | 0x7162u);  // only four nibbles matter
+  p.ints[i] = round_to_int(0.5f * static_cast<float>(i - 16));
+  int32_t square[4];
+  for (int j = 0; j < 4; ++j) square[j] = 4 * i + j;
+  quad_transpose(square);
+  for (int j = 0; j < 4; ++j) p.ints[32 + 4 * i + j] = square[j];
+}
+void test_bytes() {
+  std::vector<uint32_t> words(64);
+  std::vector<int32_t> ints(160);
+  launch<BytesKernel>({1, 1, 1}, 0, nullptr, {ints.data(), words.data(), {}, {}, {}});
+  for (int i = 0; i < 32; ++i) {
+    auto const at = static_cast<size_t>(i);
+    // Byte n of the eight is n, odd ones with bit 7 set; nibbles from 8 on ask for eight copies of that bit.
+    uint32_t const n = static_cast<uint32_t>(i % 8), byte = n % 2 == 0 ? n : n | 0x80u;
+    EXPECT(words[at] == 0x01010101u * (i % 16 < 8 ? byte : n % 2 * 255u));
+    EXPECT(words[32 + at] == 0x88227733u);
+    int const half = i - 16;  // a half goes to the even neighbour
+    EXPECT(ints[at] == (half % 2 == 0 ? half / 2 : (half > 0 ? (half + 1) / 4 * 2 : (half - 1) / 4 * 2)));
+    for (int j = 0; j < 4; ++j) EXPECT(ints[size_t(32 + 4 * i + j)] == 4 * (i / 4 * 4 + j) + i % 4);
+  }
+}
+
 // Each thread reads what a thread of another warp wrote, then overwrites its own: three barriers, and a race
 // where one is missing, which not every order turns into a wrong result.
 template <bool kMissing>
@@ -406,6 +432,7 @@ int main(int, char** arguments) {
           {"ldmatrix", test_ldmatrix},
           {"cp_async", test_cp_async},
           {"arithmetic", test_arithmetic},
+          {"bytes", test_bytes},
           {"fma_exp2", test_fma_exp2},
           {"f16_values", test_conversion<cute::half_t>},
           {"bf16_values", test_conversion<cute::bfloat16_t>},

@@ -1,5 +1,5 @@
-// The linear kernels for compute capability 9.0 against plain loops: every format, sums to the last bit, shapes ragged
-// in all three dimensions, more tiles than blocks and fewer.
+// The linear kernels for compute capability 9.0 against plain loops: every format, sums to the last bit,
+// shapes ragged in all three dimensions, more tiles than blocks and fewer.
 //
 //   linear_sm90 CASE
 #include <cstdio>
@@ -25,8 +25,8 @@ struct Shape {
 
 // Weight codes, and the values that they stand for.
 struct Weights {
-  std::vector<uint8_t> codes;     // [n, k], or values where int8
-  std::vector<int32_t> values;    // [n, k]
+  std::vector<uint8_t> codes;   // [n, k], or values where int8
+  std::vector<int32_t> values;  // [n, k]
   std::vector<uint8_t> memory, low;
   std::vector<int8_t> table;
   int64_t stride = 0;
@@ -36,7 +36,9 @@ struct Weights {
 std::vector<uint8_t> pack_nibbles(std::vector<uint8_t> const& codes, int64_t n, int64_t k) {
   int64_t const strips = (n + 31) / 32, tiles = (k + 31) / 32;
   std::vector<uint8_t> out(static_cast<size_t>(strips * tiles * 512), 0);
-  auto const code = [&](int64_t i, int64_t j) -> int { return i < n && j < k ? codes[size_t(i * k + j)] : 0; };
+  auto const code = [&](int64_t i, int64_t j) -> int {
+    return i < n && j < k ? codes[size_t(i * k + j)] : 0;
+  };
   for (int64_t at = 0; at < static_cast<int64_t>(out.size()); ++at) {
     int64_t const tile = at / 512, l = at % 512 / 16, j = at % 16;
     int64_t const row = tile / tiles * 32 + 8 * (j / 4 % 2) + l / 4;
@@ -57,19 +59,22 @@ std::vector<uint8_t> pack_table(std::vector<uint8_t> const& codes, int64_t n, in
       int64_t const column = tile % tiles * 32 + 16 * (h % 2) + 4 * (l % 4) + t;
       if (row < n && column < k) word |= unsigned(codes[size_t(row * k + column)]) << (4 * t);
     }
-    out[size_t(at * 2)] = static_cast<uint8_t>(word), out[size_t(at * 2 + 1)] = static_cast<uint8_t>(word >> 8);
+    out[size_t(at * 2)] = static_cast<uint8_t>(word),
+                    out[size_t(at * 2 + 1)] = static_cast<uint8_t>(word >> 8);
   }
   return out;
 }
 
-Weights make_weights(Format format, int table_size, int64_t n, int64_t k, std::mt19937& random, bool extreme) {
+Weights make_weights(Format format, int table_size, int64_t n, int64_t k, std::mt19937& random,
+                     bool extreme) {
   Weights w;
   int const most = format == Format::kInt4 ? 16 : format == Format::kTable ? table_size : 256;
   w.codes.resize(size_t(n * k)), w.values.resize(size_t(n * k));
   w.table.resize(size_t(n * table_size));
   for (auto& v : w.table) v = static_cast<int8_t>(random() % 255 - 127);
   for (size_t i = 0; i < w.codes.size(); ++i) {
-    int const c = extreme ? (format == Format::kInt8 ? 128 : most - 1) : static_cast<int>(random() % unsigned(most));
+    int const c =
+        extreme ? (format == Format::kInt8 ? 128 : most - 1) : static_cast<int>(random() % unsigned(most));
     w.codes[i] = static_cast<uint8_t>(c);
     w.values[i] = format == Format::kInt8    ? static_cast<int8_t>(c)
                   : format == Format::kTable ? w.table[i / size_t(k) * size_t(table_size) + size_t(c)]
@@ -117,7 +122,8 @@ struct Problem {
     for (int64_t i = 0; i < s.m; ++i) {
       for (int64_t j = 0; j < s.n; ++j) {
         int64_t sum = 0;
-        for (int64_t c = 0; c < s.k; ++c) sum += x[size_t(i * p.stride_x + c)] * w.values[size_t(j * s.k + c)];
+        for (int64_t c = 0; c < s.k; ++c)
+          sum += x[size_t(i * p.stride_x + c)] * w.values[size_t(j * s.k + c)];
         sums[size_t(i * s.n + j)] = sum;
       }
     }
@@ -152,7 +158,8 @@ void expect_sums(Format format, int table_size, Shape const& s, bool extreme = f
 
 // The blocks are three (launch.h): one tile, several a block with a group that is not whole, many stages.
 void test_shapes(Format format, int table_size) {
-  for (Shape const& s : {Shape{1, 8, 16}, Shape{270, 264, 144}, Shape{530, 520, 64, false}, Shape{70, 40, 1040}}) {
+  for (Shape const& s :
+       {Shape{1, 8, 16}, Shape{270, 264, 144}, Shape{530, 520, 64, false}, Shape{70, 40, 1040}}) {
     expect_sums(format, table_size, s);
   }
 }
@@ -187,8 +194,8 @@ void test_epilogue() {
     run_tile(problem.p, true);
     for (int64_t i = 0; i < s.m * s.n; ++i) {
       int64_t const row = i / s.n, column = i % s.n;
-      double const sum = static_cast<double>(problem.sums[size_t(i)]) +
-                         double(zero[size_t(column)]) * x_sum[size_t(row)];
+      double const sum =
+          static_cast<double>(problem.sums[size_t(i)]) + double(zero[size_t(column)]) * x_sum[size_t(row)];
       double y = sum * x_scale[size_t(row)] * scale[size_t(column)] + bias[size_t(column)];
       y = y * gate[size_t(row / 50 * s.n + column)] + residual[size_t(i)];
       EXPECT(std::fabs(out[size_t(i)] - y) <= 1e-5 * std::fabs(y) + 0.05);
@@ -227,6 +234,22 @@ void test_refused() {
   run_linear_sm90(p, nullptr);  // nothing to do
 }
 
+// Many rows get the large tile, and few the one that keeps more multiprocessors busy; the choice prints
+// itself.
+void test_tile() {
+  LinearParams p;
+  p.m = 75600, p.n = p.k = 5120;
+  LinearTileSm90 const large = pick_linear_tile_sm90(p, 132);
+  EXPECT(large.tokens == 256 && large.outputs == 160);
+  EXPECT(large.group == 12);  // 12 x 256 rows of 5,120 bytes are within 16 MiB
+  EXPECT(large.to_string() ==
+         "linear sm90: int8, 256 tokens x 160 outputs, 4 stages of 128, tokens by 12 tiles");
+  p.m = 512, p.n = 1536;
+  EXPECT(pick_linear_tile_sm90(p, 132).tokens == 128);
+  p.format = Format::kTable;
+  EXPECT(pick_linear_tile_sm90(p, 132).tokens == 64);
+}
+
 }  // namespace
 }  // namespace vdit
 
@@ -248,6 +271,7 @@ int main(int, char** argv) {
              test_rounding<float>(DType::kFloat32);
            }},
           {"refused", test_refused},
+          {"tile", test_tile},
       },
       argv[1]);
 }
