@@ -220,8 +220,8 @@ def weight_of(size: cases.LinearSize, format: str, t: Tensors) -> tuple[str, Cal
     if format == "int8":
         return (
             "w8a8_linear",
-            lambda x, s, _: ops.w8a8_linear(x, s, t.weight_codes, scale),
-            lambda x, s, _: defs.w8a8_linear_naive(x, s, t.weight_codes, scale),
+            lambda x, s, a: ops.w8a8_linear(x, s, t.weight_codes, scale, x_sum=a),
+            lambda x, s, a: defs.w8a8_linear_naive(x, s, t.weight_codes, scale, x_sum=a),
         )
     case = cases.LinearCase(str(size), (size.m,), size.k, size.n)
     weights = [w.to(t.x.device) for w in cases.make_weight_codes(case, format, gen)]

@@ -44,6 +44,51 @@ VDIT_DEVICE void release_stage(Barrier* empty) {
   if (lane_idx() == 0) barrier_arrive(empty);
 }
 
+constexpr int kGemmConsumers = 2;  // warpgroups
+constexpr int kGemmThreads = 128 * (kGemmConsumers + 1);
+
+// The second consumer starts some stages behind the first one and stays there: while one stores its tile, the
+// other has stages left to multiply. Both read the same stages, which consumers with tiles of their own would
+// read twice.
+class Stagger {
+ public:
+  VDIT_DEVICE Stagger(int group, bool has_tiles) : leads_(group == 0 && has_tiles) {
+    if (group == 1 && has_tiles) named_sync(1, 128 * kGemmConsumers);
+  }
+  // By the first one, once it has started as many stages as the ring holds without the second one's releases.
+  VDIT_DEVICE void pass() {
+    if (leads_) named_arrive(1, 128 * kGemmConsumers);
+    leads_ = false;
+  }
+
+ private:
+  bool leads_;
+};
+
+// What each kernel's threads do: `prepare` all of them, then produce() one, and consume(group) the consumers.
+template <int kStages, class Prepare, class Produce, class Consume>
+VDIT_DEVICE void run_gemm(Barrier* full, Barrier* empty, Prepare const& prepare, Produce const& produce,
+                          Consume const& consume) {
+  if (thread_idx() == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(&full[i], 1);
+      barrier_init(&empty[i], kGemmConsumers * 4);
+    }
+    fence_barrier_init();
+  }
+  prepare();
+  sync_block();
+  // Told by lane 0: the compiler then knows that a warp is of one mind.
+  int const group = shfl(thread_idx() / 128, 0);
+  if (group == kGemmConsumers) {
+    set_max_registers_down<24>();
+    if (thread_idx() == kGemmConsumers * 128) produce();
+  } else {
+    set_max_registers_up<240>();
+    consume(group);
+  }
+}
+
 // Activations of kTokens rows and weight codes of 256 outputs, as `Weights` keeps and decodes them:
 //
 //   Operand                         what wgmma multiplies: int8_t, or uint8_t for codes from 0 on
@@ -55,7 +100,8 @@ VDIT_DEVICE void release_stage(Barrier* empty) {
 //                                   starts a stage's copies, of the 8 strips of 32 outputs from `strip` on
 //   Weights(params, fixed, output0) a lane's state for the warp's 32 outputs
 //   Raw                             a lane's codes as they lie in memory
-//   fetch(codes, warp, sub, raw)    reads those of 32 bytes of k, of strip `warp` (0 to 7) of a stage, or does
+//   fetch(codes, warp, sub, raw)    reads those of 32 bytes of k, of strip `warp` (0 to 7) of a stage, or
+//   does
 //                                   nothing where `raw` holds them already
 //   decode(raw, sub, a)             a[0] outputs 0 to 15 of the strip, a[1] 16 to 31, as wgmma takes them
 //   finish<product>(sum)            what a sum of a[product] stands for
@@ -63,19 +109,12 @@ VDIT_DEVICE void release_stage(Barrier* empty) {
 // A producer thread loads; two consumer warpgroups have 128 outputs each. Warp w of a group takes 32-output
 // strip w: its first 16 rows go to one product and the others to a second one, since rows may be given to
 // products freely. So one 16-byte read a lane feeds both, and a decoded register serves kTokens columns.
-//
-// The second group starts some stages behind the first one and stays there: while one stores its tile, the
-// other has stages left to multiply. Both read the same activations, which groups with tiles of their own
-// would read twice.
 template <class Weights, int kTokens_, int kStages_>
 struct RegisterWeightsKernel {
   static constexpr int kTokens = kTokens_, kStages = kStages_;
-  static constexpr int kConsumers = 2;
-  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kThreads = kGemmThreads;
   static constexpr int kMinBlocks = 1;
-  static constexpr int kOutputs = 128 * kConsumers;
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kOutputs = 128 * kGemmConsumers;
   static constexpr int kSteps = kStepBytes / 32;  // products along k, a stage
   using Operand = typename Weights::Operand;
   using Sum = detail::WgmmaSum<Operand>;
@@ -103,7 +142,7 @@ struct RegisterWeightsKernel {
     alignas(1024) char x[kStages][kActivationBytes];
     alignas(128) char codes[kStages][Weights::kStageBytes];
     alignas(128) typename Weights::Fixed fixed;
-    alignas(16) Staging staging[4 * kConsumers];
+    alignas(16) Staging staging[4 * kGemmConsumers];
     Barrier full[kStages], empty[kStages];
   };
   static constexpr int smem_bytes() { return sizeof(Shared); }
@@ -156,11 +195,9 @@ struct RegisterWeightsKernel {
     }
   }
 
-  // All stages of a tile. `lead` is called after the last stage that the ring holds without a release by the
-  // other group.
-  template <class Lead>
+  // All stages of a tile.
   VDIT_DEVICE static void multiply(Params const& a, Shared& s, Place& at, Weights const& weights, int warp,
-                                   Sums& sums, Lead const& lead) {
+                                   Sums& sums, Stagger& stagger) {
     Barrier* previous = nullptr;
     wgmma_fence_operand(sums[0]);
     wgmma_fence_operand(sums[1]);
@@ -170,7 +207,7 @@ struct RegisterWeightsKernel {
         if (step > 0) release_stage(previous);
       });
       previous = &s.empty[at.stage];
-      if (step == kStages - 2 || step == a.steps - 1) lead(step);
+      if (step == kStages - 2 || step == a.steps - 1) stagger.pass();
     }
     wgmma_wait<0>();
     wgmma_fence_operand(sums[0]);
@@ -248,42 +285,23 @@ struct RegisterWeightsKernel {
   VDIT_DEVICE static void consume(Params const& a, Shared& s, int group) {
     int const warp = shfl(thread_idx() / 32, 0);
     Place at;
-    bool leads = group == 0 && block_idx_x() < a.order.count();
-    if (group == 1 && block_idx_x() < a.order.count()) named_sync(1, 128 * kConsumers);
+    Stagger stagger(group, block_idx_x() < a.order.count());
     for (int32_t i = block_idx_x(); i < a.order.count(); i += grid_dim_x()) {
       auto const tile = a.order.at(i);
       int64_t const output0 = static_cast<int64_t>(tile.output) * kOutputs + warp * 32;
       Weights const weights(a.weights, s.fixed, output0);
       prefetch_residual(a, static_cast<int64_t>(tile.token) * kTokens, output0);
       Sums sums;
-      multiply(a, s, at, weights, warp, sums, [&](int32_t) {
-        if (leads) named_arrive(1, 128 * kConsumers);
-        leads = false;
-      });
+      multiply(a, s, at, weights, warp, sums, stagger);
       store(a, static_cast<int64_t>(tile.token) * kTokens, output0, sums, s.staging[warp]);
     }
   }
 
   VDIT_DEVICE void operator()(Params const& a, char* smem) const {
     Shared& s = *reinterpret_cast<Shared*>(smem);
-    if (thread_idx() == 0) {
-      for (int i = 0; i < kStages; ++i) {
-        barrier_init(&s.full[i], 1);
-        barrier_init(&s.empty[i], kConsumers * 4);
-      }
-      fence_barrier_init();
-    }
-    Weights::fill(a.weights, s.fixed);
-    sync_block();
-    // Told by lane 0: the compiler then knows that a warp is of one mind.
-    int const group = shfl(thread_idx() / 128, 0);
-    if (group == kConsumers) {
-      set_max_registers_down<kProducerRegisters>();
-      if (thread_idx() == kConsumers * 128) produce(a, s);
-    } else {
-      set_max_registers_up<kConsumerRegisters>();
-      consume(a, s, group);
-    }
+    run_gemm<kStages>(
+        s.full, s.empty, [&] { Weights::fill(a.weights, s.fixed); }, [&] { produce(a, s); },
+        [&](int group) { consume(a, s, group); });
   }
 };
 

@@ -2,8 +2,7 @@
 //
 // Tokens are the rows of the products and outputs their columns, so that a thread's sums lie as a row of the
 // output does. A producer thread loads stages of 128 channels; each of two consumer warpgroups has kParts x
-// 64 tokens and all of the tile's outputs. The second group starts some stages behind the first and stays
-// there: while one stores its tile, the other multiplies what the ring still holds.
+// 64 tokens and all of the tile's outputs.
 #pragma once
 #include "common/gemm_sm90.cuh"
 
@@ -12,12 +11,9 @@ namespace vdit::sm90 {
 template <int kParts_, int kOutputs_, int kStages_>
 struct Int8LinearKernel {
   static constexpr int kParts = kParts_, kOutputs = kOutputs_, kStages = kStages_;
-  static constexpr int kConsumers = 2;
-  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kThreads = kGemmThreads;
   static constexpr int kMinBlocks = 1;
-  static constexpr int kTokens = 64 * kParts * kConsumers;
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kTokens = 64 * kParts * kGemmConsumers;
   static constexpr int kSteps = kStepBytes / 32;  // products along k, a stage
   static constexpr int kActivationBytes = kTokens * kStepBytes;
   static constexpr int kWeightBytes = kOutputs * kStepBytes;
@@ -83,11 +79,9 @@ struct Int8LinearKernel {
     for (int part = 0; part < kParts; ++part) wgmma_fence_operand(sums[part]);
   }
 
-  // All stages of a tile. A stage is given back while the products of the next one run. `lead` is called
-  // after the last stage that the ring holds without a release by the other group.
-  template <class Lead>
+  // All stages of a tile. A stage is given back while the products of the next one run.
   VDIT_DEVICE static void multiply(Params const& a, Shared& s, Place& at, int group, Sums& sums,
-                                   Lead const& lead) {
+                                   Stagger& stagger) {
     Barrier* previous = nullptr;
     fence_sums(sums);
     for (int32_t step = 0; step < a.steps; ++step, at.advance()) {
@@ -96,7 +90,7 @@ struct Int8LinearKernel {
       wgmma_wait<1>();
       if (step > 0) release_stage(previous);
       previous = &s.empty[at.stage];
-      if (step == kStages - 2 || step == a.steps - 1) lead();
+      if (step == kStages - 2 || step == a.steps - 1) stagger.pass();
     }
     wgmma_wait<0>();
     fence_sums(sums);
@@ -104,17 +98,17 @@ struct Int8LinearKernel {
   }
 
   // ---- Epilogue ------------------------------------------------------------------------------------------
-  // In the registers' own layout: a lane has rows lane / 4 and 8 below of each part, and of every 8 columns the
-  // two from 2 (lane % 4) on. What goes to memory in two-byte types is first traded within quads, four tiles of
-  // 8 columns at a time, so that a lane moves 8 neighbouring columns of a row.
+  // In the registers' own layout: a lane has rows lane / 4 and 8 below of each part, and of every 8 columns
+  // the two from 2 (lane % 4) on. What goes to memory in two-byte types is first traded within quads, four
+  // tiles of 8 columns at a time, so that a lane moves 8 neighbouring columns of a row.
 
-  static constexpr int kRows = 2;         // of a lane and part
-  static constexpr int kColumnTiles = 4;  // that are traded: 32 columns
+  static constexpr int kRows = 2;                                // of a lane and part
+  static constexpr int kColumnTiles = 4;                         // that are traded: 32 columns
   static constexpr int kGroups = kOutputs / (8 * kColumnTiles);  // of columns
   using Group = int32_t[kColumnTiles * 4];                       // a lane's sums of a part's 32 columns
 
-  // NOTE: registers have no index at run time. Choosing among copies of a few moves keeps the many instructions
-  // behind them from being there once for each group.
+  // NOTE: registers have no index at run time. Choosing among copies of a few moves keeps the many
+  // instructions behind them from being there once for each group.
   template <int kAt = 0>
   VDIT_DEVICE static void pick_group(int at, Sums const& sums, Group& group) {
     if (at == kAt) {
@@ -277,18 +271,14 @@ struct Int8LinearKernel {
 
   VDIT_DEVICE static void consume(Params const& a, Shared& s, int group) {
     Place at;
-    bool leads = group == 0 && block_idx_x() < a.order.count();
-    if (group == 1 && block_idx_x() < a.order.count()) named_sync(1, 128 * kConsumers);
+    Stagger stagger(group, block_idx_x() < a.order.count());
     for (int32_t i = block_idx_x(); i < a.order.count(); i += grid_dim_x()) {
       auto const tile = a.order.at(i);
       int64_t const token0 = static_cast<int64_t>(tile.token) * kTokens + group * (kParts * 64);
       int64_t const output0 = static_cast<int64_t>(tile.output) * kOutputs;
       prefetch_residual(a, token0, output0);
       Sums sums;
-      multiply(a, s, at, group, sums, [&] {
-        if (leads) named_arrive(1, 128 * kConsumers);
-        leads = false;
-      });
+      multiply(a, s, at, group, sums, stagger);
       int const thread = not_hoisted(thread_idx());
       store(a, token0 + thread / 32 % 4 * 16 + thread % 32 / 4, output0, sums);
     }
@@ -296,23 +286,8 @@ struct Int8LinearKernel {
 
   VDIT_DEVICE void operator()(Params const& a, char* smem) const {
     Shared& s = *reinterpret_cast<Shared*>(smem);
-    if (thread_idx() == 0) {
-      for (int i = 0; i < kStages; ++i) {
-        barrier_init(&s.full[i], 1);
-        barrier_init(&s.empty[i], kConsumers * 4);
-      }
-      fence_barrier_init();
-    }
-    sync_block();
-    // Told by lane 0: the compiler then knows that a warp is of one mind.
-    int const group = shfl(thread_idx() / 128, 0);
-    if (group == kConsumers) {
-      set_max_registers_down<kProducerRegisters>();
-      if (thread_idx() == kConsumers * 128) produce(a, s);
-    } else {
-      set_max_registers_up<kConsumerRegisters>();
-      consume(a, s, group);
-    }
+    run_gemm<kStages>(
+        s.full, s.empty, [] {}, [&] { produce(a, s); }, [&](int group) { consume(a, s, group); });
   }
 };
 

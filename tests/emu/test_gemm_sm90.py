@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from emu_programs import ORDERS, assert_right, built
 
-LINEAR = ["int8", "int4", "planes", "table8", "table16", "extremes", "epilogue", "rounding", "refused"]
+LINEAR = ["int8", "int4", "planes", "table8", "table16", "extremes", "epilogue", "rounding", "refused", "tile"]
 VQ = ["k256x4", "k64x2"]
 
 

@@ -137,6 +137,15 @@ def test_a_column_does_not_depend_on_its_place(backend):
         assert torch.equal(call(backend, part).cpu(), whole[:, first:last])
 
 
+def test_sums_given_spare_a_pass_and_change_nothing(backend):
+    inputs = cases.make_linear(cases.blocks[0], "int8")
+    x_sum = inputs.args[0].sum(-1, dtype=torch.int32)
+    inputs.kwargs["x_sum"] = x_sum
+    given = call(backend, inputs)
+    del inputs.kwargs["x_sum"]
+    assert torch.equal(given, call(backend, inputs))
+
+
 def test_bf16_is_the_default(backend):
     inputs = cases.make_linear(cases.corner[1], "int8")
     assert call(backend, inputs, out_dtype=None).dtype == torch.bfloat16

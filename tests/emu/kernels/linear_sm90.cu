@@ -234,6 +234,22 @@ void test_refused() {
   run_linear_sm90(p, nullptr);  // nothing to do
 }
 
+// Many rows get the large tile, and few the one that keeps more multiprocessors busy; the choice prints
+// itself.
+void test_tile() {
+  LinearParams p;
+  p.m = 75600, p.n = p.k = 5120;
+  LinearTileSm90 const large = pick_linear_tile_sm90(p, 132);
+  EXPECT(large.tokens == 256 && large.outputs == 160);
+  EXPECT(large.group == 12);  // 12 x 256 rows of 5,120 bytes are within 16 MiB
+  EXPECT(large.to_string() ==
+         "linear sm90: int8, 256 tokens x 160 outputs, 4 stages of 128, tokens by 12 tiles");
+  p.m = 512, p.n = 1536;
+  EXPECT(pick_linear_tile_sm90(p, 132).tokens == 128);
+  p.format = Format::kTable;
+  EXPECT(pick_linear_tile_sm90(p, 132).tokens == 64);
+}
+
 }  // namespace
 }  // namespace vdit
 
@@ -255,6 +271,7 @@ int main(int, char** argv) {
              test_rounding<float>(DType::kFloat32);
            }},
           {"refused", test_refused},
+          {"tile", test_tile},
       },
       argv[1]);
 }
