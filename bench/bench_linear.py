@@ -220,8 +220,8 @@ def weight_of(size: cases.LinearSize, format: str, t: Tensors) -> tuple[str, Cal
     if format == "int8":
         return (
             "w8a8_linear",
-            lambda x, s, _: ops.w8a8_linear(x, s, t.weight_codes, scale),
-            lambda x, s, _: defs.w8a8_linear_naive(x, s, t.weight_codes, scale),
+            lambda x, s, a: ops.w8a8_linear(x, s, t.weight_codes, scale, x_sum=a),
+            lambda x, s, a: defs.w8a8_linear_naive(x, s, t.weight_codes, scale, x_sum=a),
         )
     case = cases.LinearCase(str(size), (size.m,), size.k, size.n)
     weights = [w.to(t.x.device) for w in cases.make_weight_codes(case, format, gen)]
@@ -261,6 +261,9 @@ def tables_of(rows: list[dict]) -> list[dict]:
         "weight / bf16",
     ]
     cells = [figure_cells(row, timed) for row in whole]
+    if any("cpu_us" in row for row in whole):
+        head.append("both speeds in processor time")
+        cells = [[*line, processor_speeds(row)] for line, row in zip(cells, whole, strict=True)]
     note = (
         "Speeds of quantization and product together: bf16 in, bf16 out. The 8-bit products (`_int_mm`, "
         "`_scaled_mm` and vLLM's, as far as they ran) begin with numbers of 8 bits and have no part in making "
@@ -285,6 +288,14 @@ def figure_cells(row: dict, timed: list[dict]) -> list[str]:
         cell(quantize["us"] / row["us"] if quantize else None, must.get("quantize"), at_least=False),
         f"{sizes['weight_bytes'] / (2 * sizes['n'] * sizes['k']):.2f}",
     ]
+
+
+def processor_speeds(row: dict) -> str:
+    """The first two figures by processor time of all threads, which other work on the machine moves less."""
+    ratios = {name: peer["cpu_ratio"] for name, peer in row["peers"].items() if "cpu_ratio" in peer}
+    bf16 = ratios.pop(BF16, None)
+    found = [bf16, max(ratios.values(), default=None)]
+    return ", ".join(f"{1 / ratio:.3f}" if ratio else "-" for ratio in found)
 
 
 def find(rows: list[dict], shape: str, op: str = "", **sizes) -> dict | None:

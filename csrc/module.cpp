@@ -77,8 +77,8 @@ vdit::WeightFormat weight_format(std::string const& name) {
                                     vdit::WeightFormat::kNibblePlanes, vdit::WeightFormat::kTable}) {
     if (name == vdit::format_name(format)) return format;
   }
-  throw std::runtime_error("vdit::linear_path: weight_format must be int8, int4, nibble planes or table, got '" + name +
-                           "'.");
+  throw std::runtime_error(
+      "vdit::linear_path: weight_format must be int8, int4, nibble planes or table, got '" + name + "'.");
 }
 
 py::dict linear_path(int64_t m, int64_t n, int64_t k, std::string const& format, int32_t table_size,
@@ -87,8 +87,8 @@ py::dict linear_path(int64_t m, int64_t n, int64_t k, std::string const& format,
   p.m = m, p.n = n, p.k = k;
   p.format = weight_format(format);
   p.table_size = table_size;
-  vdit::LinearPath const chosen = vdit::linear_path(m, n, k, p.format, table_size,
-                                                    vdit::path_request(path, "linear_path"), compute_capability);
+  vdit::LinearPath const chosen = vdit::linear_path(
+      m, n, k, p.format, table_size, vdit::path_request(path, "linear_path"), compute_capability);
   py::dict found;
   found["path"] = chosen.expand ? "expand" : "fused";
   found["expand_cost"] = chosen.expand_cost;
@@ -133,17 +133,20 @@ PYBIND11_MODULE(_C, m) {
       "step, stages, threads, smem_bytes, and text, all of it in words. compute_capability is that of the "
       "kernel: "
       "90, or 80 for any other. Raises RuntimeError for a head_dim other than 64, 96 or 128.");
-  m.def(
-      "linear_path", &linear_path, py::arg("m"), py::arg("n"), py::arg("k"), py::kw_only(),
-      py::arg("weight_format") = "int4", py::arg("table_size") = 16, py::arg("path") = "auto",
-      py::arg("compute_capability") = 80, py::arg("multiprocessors") = 108,
-      "How a product of m rows with a packed weight [n, k] runs on CUDA: path (\"fused\": codes are unpacked as "
-      "they are multiplied, or \"expand\": unpacked to int8 first), expand_cost and fused_cost (estimated time each "
-      "adds, as a fraction of the int8 product's), scratch_bytes, text, all of it in words, and for kernels of compute "
-      "capability 8.0 tile. weight_format is int8, int4, nibble planes or table (of table_size 16 or 8); "
-      "path is what the op was given. Raises RuntimeError for an unknown name.");
+  m.def("linear_path", &linear_path, py::arg("m"), py::arg("n"), py::arg("k"), py::kw_only(),
+        py::arg("weight_format") = "int4", py::arg("table_size") = 16, py::arg("path") = "auto",
+        py::arg("compute_capability") = 80, py::arg("multiprocessors") = 108,
+        "How a product of m rows with a packed weight [n, k] runs on CUDA: path (\"fused\": codes are "
+        "unpacked as "
+        "they are multiplied, or \"expand\": unpacked to int8 first), expand_cost and fused_cost (estimated "
+        "time each "
+        "adds, as a fraction of the int8 product's), scratch_bytes, text, all of it in words, and for "
+        "kernels of compute "
+        "capability 8.0 tile. weight_format is int8, int4, nibble planes or table (of table_size 16 or 8); "
+        "path is what the op was given. Raises RuntimeError for an unknown name.");
   m.def("vq_path", &vq_path, py::arg("m"), py::kw_only(), py::arg("int8") = false, py::arg("path") = "auto",
         py::arg("compute_capability") = 80,
-        "How vq_linear multiplies m rows on CUDA: path (rows, fused or expand), expand_cost and fused_cost (estimated "
+        "How vq_linear multiplies m rows on CUDA: path (rows, fused or expand), expand_cost and fused_cost "
+        "(estimated "
         "time beyond the stock product's, as a fraction of it), and text, all of it in words.");
 }

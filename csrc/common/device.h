@@ -516,8 +516,8 @@ VDIT_DEVICE float min_or_nan(float a, float b) {
 #endif
 }
 
-// The same value, unknown to the compiler: what is computed from it inside a loop stays there instead of being
-// kept in registers across the loop.
+// The same value, unknown to the compiler: what is computed from it inside a loop stays there instead of
+// being kept in registers across the loop.
 VDIT_DEVICE int not_hoisted(int v) {
 #if !defined(VDIT_EMU)
   asm volatile("" : "+r"(v));
@@ -533,8 +533,8 @@ VDIT_DEVICE int popcount(uint32_t v) {
 #endif
 }
 
-// PRMT: byte i of the result is byte (nibble i of `selector`) of the eight bytes lo, hi. Bit 3 of a nibble asks
-// for that byte's sign in all eight bits instead.
+// PRMT: byte i of the result is byte (nibble i of `selector`) of the eight bytes lo, hi. Bit 3 of a nibble
+// asks for that byte's sign in all eight bits instead.
 VDIT_DEVICE uint32_t byte_perm(uint32_t lo, uint32_t hi, uint32_t selector) {
 #if defined(VDIT_EMU)
   uint64_t const bytes = static_cast<uint64_t>(hi) << 32 | lo;
@@ -549,6 +549,24 @@ VDIT_DEVICE uint32_t byte_perm(uint32_t lo, uint32_t hi, uint32_t selector) {
   uint32_t result;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(lo), "r"(hi), "r"(selector));
   return result;
+#endif
+}
+
+// A product and a sum that the compiler does not fuse: for results that are the same bits wherever they are
+// computed.
+VDIT_DEVICE float mul_rn(float a, float b) {
+#if defined(VDIT_EMU)
+  return a * b;
+#else
+  return __fmul_rn(a, b);
+#endif
+}
+
+VDIT_DEVICE float add_rn(float a, float b) {
+#if defined(VDIT_EMU)
+  return a + b;
+#else
+  return __fadd_rn(a, b);
 #endif
 }
 

@@ -2,31 +2,35 @@
 //
 //   sums[m, n] = sum over k of x[m, k] * code[n, k],   exact in int32
 //
-// x comes through shared memory and ldmatrix; the weight comes from a weight source, which knows how its codes are
-// stored and hands them out as registers of mma.m16n8k32:
+// x comes through shared memory and ldmatrix; the weight comes from a weight source, which knows how its
+// codes are stored and hands them out as registers of mma.m16n8k32:
 //
 //   template <class Tile>
 //   struct Source {
 //     struct Params { ... };                     // plain data
 //     static constexpr int kFixedBytes;          // shared memory of its own for the whole loop, or 0
 //     static constexpr int kStageBytes;          // shared memory a stage: kBlockN columns, kBlockK deep
-//     Source(Params const&, int64_t n0, char* fixed);    // all threads; n0 is the block's first column. What it
-//                                                        // stores to `fixed` is seen by fragments() after a barrier
-//     void fetch(char* stage, int64_t block) const;      // all threads: cp.async of k from block * kBlockK on, and
+//     Source(Params const&, int64_t n0, char* fixed);    // all threads; n0 is the block's first column. What
+//     it
+//                                                        // stores to `fixed` is seen by fragments() after a
+//                                                        barrier
+//     void fetch(char* stage, int64_t block) const;      // all threads: cp.async of k from block * kBlockK
+//     on, and
 //                                                        // zeros past n and k; no commit
 //     void fragments(char const* stage, int step, uint32_t (&b)[Tile::kMmaN][2]) const;
 //   };
 //
-// `fragments` is called by whole warps for step 0 and 1: 32 k from Tile::k_in_block(step) on of the stage, and the
-// warp's Tile::kWarpN columns from Tile::warp_n() on. Lane l gets, for columns 8 j .. 8 j + 7, in b[j][h] the four
-// codes of column 8 j + l / 4 with k = 16 h + 4 (l % 4) .. + 3, the lowest k in the lowest byte.
+// `fragments` is called by whole warps for step 0 and 1: 32 k from Tile::k_in_block(step) on of the stage,
+// and the warp's Tile::kWarpN columns from Tile::warp_n() on. Lane l gets, for columns 8 j .. 8 j + 7, in
+// b[j][h] the four codes of column 8 j + l / 4 with k = 16 h + 4 (l % 4) .. + 3, the lowest k in the lowest
+// byte.
 #pragma once
 #include "common/epilogue.cuh"
 
 namespace vdit {
 
-// kBlockM x kBlockN sums a thread block, cut among kWarpsM x kWarpsN warps; with kWarpsK > 1 so many warps share the
-// sums of one part, each with its own 64 of every 64 kWarpsK k.
+// kBlockM x kBlockN sums a thread block, cut among kWarpsM x kWarpsN warps; with kWarpsK > 1 so many warps
+// share the sums of one part, each with its own 64 of every 64 kWarpsK k.
 template <int kBlockM_, int kBlockN_, int kWarpsM_, int kWarpsN_, int kWarpsK_, int kStages_, int kMinBlocks_>
 struct GemmTileSm80 {
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kBlockK = 64 * kWarpsK_;
@@ -43,8 +47,8 @@ struct GemmTileSm80 {
   VDIT_DEVICE static int k_in_block(int step) { return 64 * warp_k() + 32 * step; }
 };
 
-// kRows rows of a block of int8 in shared memory, in panels of 64 bytes along k. The four 16-byte pieces of a row
-// change places so that the eight rows of an ldmatrix meet no bank twice.
+// kRows rows of a block of int8 in shared memory, in panels of 64 bytes along k. The four 16-byte pieces of a
+// row change places so that the eight rows of an ldmatrix meet no bank twice.
 template <class Tile, int kRows>
 struct BytePanels {
   static constexpr int kBytes = kRows * Tile::kBlockK;
@@ -73,11 +77,13 @@ struct BytePanels {
     int64_t const k0 = block * Tile::kBlockK;
     CUTE_UNROLL
     for (int i = 0; i < kRows; i += kSharers) {
-      cp_async_16(stage + offset(piece() / 4, row() + i, piece() % 4), first + i * stride + k0, i < rows && k0 < k);
+      cp_async_16(stage + offset(piece() / 4, row() + i, piece() % 4), first + i * stride + k0,
+                  i < rows && k0 < k);
     }
   }
 
-  // Four 8 x 16-byte matrices at (row0, byte 32 * step): rows 0-7 and 8-15 of the first 16 bytes, then of the second.
+  // Four 8 x 16-byte matrices at (row0, byte 32 * step): rows 0-7 and 8-15 of the first 16 bytes, then of the
+  // second.
   VDIT_DEVICE static void load_rows_first(char const* stage, int row0, int step, uint32_t (&r)[4]) {
     ldmatrix_x4(r, stage + offset(Tile::warp_k(), row0 + lane_idx() % 16, 2 * step + lane_idx() / 16));
   }
@@ -88,8 +94,8 @@ struct BytePanels {
   }
 };
 
-// Weights stored as tiles of 32 columns and kDeep k, [n / 32, k / kDeep, kBytes], both counts rounded up: how a weight
-// source fetches them and where it finds them in a stage.
+// Weights stored as tiles of 32 columns and kDeep k, [n / 32, k / kDeep, kBytes], both counts rounded up: how
+// a weight source fetches them and where it finds them in a stage.
 template <class Tile, int kDeep, int kBytes>
 struct PackedTiles {
   static constexpr int kTilesN = Tile::kBlockN / 32, kTilesK = Tile::kBlockK / kDeep;
@@ -100,7 +106,8 @@ struct PackedTiles {
   int64_t tiles_k;
   int tiles_n;  // of the block that exist
 
-  VDIT_DEVICE PackedTiles(void const* tiles, int64_t n, int64_t k, int64_t n0) : tiles_k((k + kDeep - 1) / kDeep) {
+  VDIT_DEVICE PackedTiles(void const* tiles, int64_t n, int64_t k, int64_t n0)
+      : tiles_k((k + kDeep - 1) / kDeep) {
     int64_t const left = (n + 31) / 32 - n0 / 32;
     tiles_n = static_cast<int>(left < kTilesN ? left : kTilesN);
     first = static_cast<char const*>(tiles) + n0 / 32 * tiles_k * kBytes;
@@ -140,10 +147,11 @@ struct GemmS8Sm80 {
   static constexpr int kLoopBytes = Tile::kStages * kStageBytes;
   static constexpr int kSmemBytes = kFixedBytes + (kLoopBytes > kShareBytes ? kLoopBytes : kShareBytes);
 
-  // Rows from m0, columns from n0 on. The sums are whole in the warps with warp_k() == 0, spread as mma.m16n8k32
-  // spreads them: sums[i][j][2 h + c] is row 16 i + 8 h + lane / 4, column 8 j + 2 (lane % 4) + c of the warp's part.
-  VDIT_DEVICE static void run(GemmRows const& x, typename Source::Params const& weight, int64_t m0, int64_t n0,
-                              char* smem, Sums& sums) {
+  // Rows from m0, columns from n0 on. The sums are whole in the warps with warp_k() == 0, spread as
+  // mma.m16n8k32 spreads them: sums[i][j][2 h + c] is row 16 i + 8 h + lane / 4, column 8 j + 2 (lane % 4) +
+  // c of the warp's part.
+  VDIT_DEVICE static void run(GemmRows const& x, typename Source::Params const& weight, int64_t m0,
+                              int64_t n0, char* smem, Sums& sums) {
     Panels const rows(x.x, x.stride, m0, x.m, x.k);
     Source const source(weight, n0, smem);
     char* const stages = smem + kFixedBytes;
@@ -191,7 +199,8 @@ struct GemmS8Sm80 {
       for (int i = 0; i < Tile::kMmaM; ++i) {
         int const turn = step * Tile::kMmaM + i, next = turn + 1;
         if (next < 2 * Tile::kMmaM) {
-          Panels::load_rows_first(stage, Tile::warp_m() + next % Tile::kMmaM * 16, next / Tile::kMmaM, a[next % 2]);
+          Panels::load_rows_first(stage, Tile::warp_m() + next % Tile::kMmaM * 16, next / Tile::kMmaM,
+                                  a[next % 2]);
         }
         CUTE_UNROLL
         for (int j = 0; j < Tile::kMmaN; ++j) {
@@ -206,7 +215,8 @@ struct GemmS8Sm80 {
     constexpr int kWarps = Tile::kWarpsM * Tile::kWarpsN;
     auto const slot = [&](int warp_k, int value) -> int32_t& {
       int const part = (warp_k - 1) * kWarps + warp_idx() % kWarps;
-      return reinterpret_cast<int32_t*>(stages)[(part * Tile::kMmaM * Tile::kMmaN * 4 + value) * 32 + lane_idx()];
+      return reinterpret_cast<int32_t*>(
+          stages)[(part * Tile::kMmaM * Tile::kMmaN * 4 + value) * 32 + lane_idx()];
     };
     sync_block();  // nobody reads the stages any more
     for_each(sums, [&](int value, int32_t& sum) {
@@ -232,10 +242,10 @@ struct GemmS8Sm80 {
     }
   }
 
-  // Finishes and stores the block's tile of [m, n]. A quad of lanes swaps columns first, so that a lane has eight
-  // neighbours: a quad then stores 64 bytes of bf16 in a row.
-  VDIT_DEVICE static void store(LinearEpilogue const& e, bool wide, int64_t m, int64_t n, int64_t m0, int64_t n0,
-                                Sums& sums) {
+  // Finishes and stores the block's tile of [m, n]. A quad of lanes swaps columns first, so that a lane has
+  // eight neighbours: a quad then stores 64 bytes of bf16 in a row.
+  VDIT_DEVICE static void store(LinearEpilogue const& e, bool wide, int64_t m, int64_t n, int64_t m0,
+                                int64_t n0, Sums& sums) {
     if (Tile::warp_k() > 0) return;
     CUTE_UNROLL
     for (int group = 0; group < Tile::kMmaN / 4; ++group) {
@@ -244,6 +254,9 @@ struct GemmS8Sm80 {
       EpilogueColumns const columns(e, column, count, wide);
       CUTE_UNROLL
       for (int i = 0; i < Tile::kMmaM; ++i) {
+        int64_t const first = m0 + Tile::warp_m() + 16 * i + lane_idx() / 4;
+        EpilogueRow const rows[2] = {{e, first, column, first < m ? count : 0, wide},
+                                     {e, first + 8, column, first + 8 < m ? count : 0, wide}};
         CUTE_UNROLL
         for (int h = 0; h < 2; ++h) {
           int32_t even[4], odd[4];
@@ -254,16 +267,16 @@ struct GemmS8Sm80 {
           quad_transpose(even);
           quad_transpose(odd);
           int32_t mine[8] = {even[0], odd[0], even[1], odd[1], even[2], odd[2], even[3], odd[3]};
-          int64_t const row = m0 + Tile::warp_m() + 16 * i + 8 * h + lane_idx() / 4;
-          if (row < m && count > 0) store_outputs(e, columns, row, n, column, count, wide, mine);
+          int64_t const row = first + 8 * h;
+          finish_outputs(e, columns, rows[h], row, n, column, row < m ? count : 0, wide, mine);
         }
       }
     }
   }
 };
 
-// Which tile a block of a grid of one dimension works on: kGroup tiles along m are walked for each along n, so that
-// the blocks that run together share rows of x and of the weight in L2.
+// Which tile a block of a grid of one dimension works on: kGroup tiles along m are walked for each along n,
+// so that the blocks that run together share rows of x and of the weight in L2.
 struct TileOrder {
   int32_t tiles_m, tiles_n;
 

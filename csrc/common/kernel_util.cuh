@@ -1,5 +1,5 @@
-// What kernels of every family share: vectors of 16 bytes seen as floats, and how a thread block is cut into rows
-// and column chunks.
+// What kernels of every family share: vectors of 16 bytes seen as floats, and how a thread block is cut into
+// rows and column chunks.
 #pragma once
 #include <cstdint>
 
@@ -44,8 +44,8 @@ VDIT_DEVICE void store_floats(T* p, float const (&v)[kVec]) {
   }
 }
 
-// Eight neighbouring values as floats, those from `count` on 0. `wide`: count is 8 or at most 0, and p is aligned to
-// 16 bytes.
+// Eight neighbouring values as floats, those from `count` on 0. `wide`: count is 8 or at most 0, and p is
+// aligned to 16 bytes.
 template <class T>
 VDIT_DEVICE void load8(T const* p, int count, bool wide, float (&v)[8]) {
   if (wide && count > 0) {

@@ -1,8 +1,8 @@
-// What the CUDA op files of every family lend to their ops: device guard and stream, workspaces, and whether kernels for
-// compute capability 9.0 run.
+// What the CUDA op files of every family lend to their ops: device guard and stream, workspaces, and whether
+// kernels for compute capability 9.0 run.
 //
-// With VDIT_EMU the same op files register the emulated kernels for CPU tensors in a namespace of their own, so that one
-// test suite runs over both.
+// With VDIT_EMU the same op files register the emulated kernels for CPU tensors in a namespace of their own,
+// so that one test suite runs over both.
 #pragma once
 #include <cstdlib>
 #include <cstring>
@@ -37,8 +37,8 @@ inline Tensor cuda_workspace(Tensor const& like, int64_t bytes) {
   return torch::stable::new_empty(like, shape, ScalarType::Byte);
 }
 
-// NOTE: on a GPU the kernels of compute capability 9.0 run only on request, by a family's variable set to "sm90", until
-// they have run on one.
+// NOTE: on a GPU the kernels of compute capability 9.0 run only on request, by a family's variable set to
+// "sm90", until they have run on one.
 inline bool is_sm90_asked(char const* variable) {
   char const* value = std::getenv(variable);
   return value != nullptr && std::strcmp(value, "sm90") == 0;

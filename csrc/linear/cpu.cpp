@@ -36,14 +36,16 @@ void run_quantize_rows_cpu(QuantizeRowsParams const& p, ParallelFor const& paral
 
 void run_linear_cpu(LinearParams const& p, ParallelFor const& parallel) {
   LinearCpuKernels const& kernel = kernels();
-  std::vector<int32_t> x_sums;
-  if (p.format != WeightFormat::kInt4) {  // panels with an offset
-    x_sums.resize(p.m);
+  std::vector<int32_t> made;
+  int32_t const* x_sums = p.epilogue.x_sum;
+  if (x_sums == nullptr && p.format != WeightFormat::kInt4) {  // panels with an offset
+    made.resize(p.m);
+    x_sums = made.data();
     for_each_slice(parallel, p.m, 64,
-                   [&](int64_t begin, int64_t end) { kernel.sum_rows(p, begin, end, x_sums.data()); });
+                   [&](int64_t begin, int64_t end) { kernel.sum_rows(p, begin, end, made.data()); });
   }
   for_each_gemm_item(parallel, p.m, p.n, [&](GemmItem const& item) {
-    kernel.multiply(p, item, x_sums.data(), thread_scratch(kernel.scratch_bytes));
+    kernel.multiply(p, item, x_sums, thread_scratch(kernel.scratch_bytes));
   });
 }
 

@@ -46,7 +46,8 @@ struct ExpandWeightKernel {
   }
 
   // 16 codes of row n from k0 on, those past k as 0.
-  VDIT_DEVICE static void store(ExpandWeightParams const& p, bool wide, int64_t n, int64_t k0, uint32_t (&words)[4]) {
+  VDIT_DEVICE static void store(ExpandWeightParams const& p, bool wide, int64_t n, int64_t k0,
+                                uint32_t (&words)[4]) {
     if (n >= p.n) return;
     int8_t* const out = p.out + n * p.stride_out + k0;
     if (wide && k0 + 16 <= p.k) {

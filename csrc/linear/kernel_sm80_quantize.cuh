@@ -1,5 +1,6 @@
-// Rows to int8 codes: layer norm or GELU, channel scales, block Hadamard and the quantization itself in one pass over
-// the row. Bound by memory: x is read once and the codes are written once, the row lives in registers between.
+// Rows to int8 codes: layer norm or GELU, channel scales, block Hadamard and the quantization itself in one
+// pass over the row. Bound by memory: x is read once and the codes are written once, the row lives in
+// registers between.
 #pragma once
 #include "common/kernel_util.cuh"
 #include "vdit/linear.h"
@@ -12,8 +13,8 @@ struct QuantizeRowsLaunch {
   bool wide_channel;  // the same of all that comes a value a channel
 };
 
-// Reductions over a row that kLanes threads share: a warp, or the whole block. Each call needs a part of `slots` of its
-// own, so that one barrier a call is enough; the sums are added in one order everywhere.
+// Reductions over a row that kLanes threads share: a warp, or the whole block. Each call needs a part of
+// `slots` of its own, so that one barrier a call is enough; the sums are added in one order everywhere.
 template <int kLanes>
 struct RowReduction {
   static constexpr int kWarps = kLanes / 32;
@@ -141,8 +142,8 @@ struct QuantizeRow {
     for (int i = 0; i < 8; ++i) v[i] += w[i];
   }
 
-  // Sylvester's Hadamard matrix by its butterflies: those of distance 1, 2 and 4 within the lane, the others between
-  // lanes. A block's channels past k do not exist: k is a multiple of the block.
+  // Sylvester's Hadamard matrix by its butterflies: those of distance 1, 2 and 4 within the lane, the others
+  // between lanes. A block's channels past k do not exist: k is a multiple of the block.
   VDIT_DEVICE void rotate(float (&v)[8]) const {
     CUTE_UNROLL
     for (int distance = 1; distance < 8; distance *= 2) {
@@ -227,24 +228,24 @@ struct QuantizeRowsKernel {
     QuantizeRow<T> line(a, row);
     RowReduction<kLanes> reduce{reinterpret_cast<uint32_t*>(smem)};
     float v[kChunks][8];
-    for_each(p, v, [&](int64_t k, float(&part)[8]) { line.load(k, part); });
+    for_each(p, v, [&](int64_t k, float (&part)[8]) { line.load(k, part); });
     if (p.prologue == RowPrologue::kLayerNorm) {
       float const channels = static_cast<float>(p.channels);
       float total = 0.f, squares = 0.f;
-      for_each(p, v, [&](int64_t, float(&part)[8]) { total += line.sum(part); });
+      for_each(p, v, [&](int64_t, float (&part)[8]) { total += line.sum(part); });
       line.mean = reduce.sum(total) / channels;
-      for_each(p, v, [&](int64_t k, float(&part)[8]) { squares += line.squares(k, part); });
+      for_each(p, v, [&](int64_t k, float (&part)[8]) { squares += line.squares(k, part); });
       line.rstd = 1.f / sqrtf(reduce.sum(squares) / channels + p.eps);
     }
     uint32_t magnitude = 0;
-    for_each(p, v, [&](int64_t k, float(&part)[8]) {
+    for_each(p, v, [&](int64_t k, float (&part)[8]) {
       line.transform(k, part);
       uint32_t const mine = QuantizeRow<T>::magnitude(part);
       magnitude = mine > magnitude ? mine : magnitude;
     });
     RowScale const scale(reduce.max(magnitude), p.q_max);
     int32_t sum = 0;
-    for_each(p, v, [&](int64_t k, float(&part)[8]) {
+    for_each(p, v, [&](int64_t k, float (&part)[8]) {
       sum += scale.store(part, p.codes + row * p.stride_codes, k, p.stride_codes);
     });
     sum = reduce.sum(sum);
@@ -278,20 +279,20 @@ struct QuantizeLongRowsKernel {
     if (p.prologue == RowPrologue::kLayerNorm) {
       float const channels = static_cast<float>(p.channels);
       float total = 0.f, squares = 0.f;
-      for_each(line, [&](int64_t, float(&v)[8]) { total += line.sum(v); });
+      for_each(line, [&](int64_t, float (&v)[8]) { total += line.sum(v); });
       line.mean = reduce.sum(total) / channels;
-      for_each(line, [&](int64_t k, float(&v)[8]) { squares += line.squares(k, v); });
+      for_each(line, [&](int64_t k, float (&v)[8]) { squares += line.squares(k, v); });
       line.rstd = 1.f / sqrtf(reduce.sum(squares) / channels + p.eps);
     }
     uint32_t magnitude = 0;
-    for_each(line, [&](int64_t k, float(&v)[8]) {
+    for_each(line, [&](int64_t k, float (&v)[8]) {
       line.transform(k, v);
       uint32_t const mine = QuantizeRow<T>::magnitude(v);
       magnitude = mine > magnitude ? mine : magnitude;
     });
     RowScale const scale(reduce.max(magnitude), p.q_max);
     int32_t sum = 0;
-    for_each(line, [&](int64_t k, float(&v)[8]) {
+    for_each(line, [&](int64_t k, float (&v)[8]) {
       line.transform(k, v);
       sum += scale.store(v, p.codes + row * p.stride_codes, k, p.stride_codes);
     });

@@ -1,5 +1,5 @@
-// How the weight formats of vdit/linear.h become registers of mma.m16n8k32: the weight sources of the int8 main loop
-// (common/gemm_s8_sm80.cuh).
+// How the weight formats of vdit/linear.h become registers of mma.m16n8k32: the weight sources of the int8
+// main loop (common/gemm_s8_sm80.cuh).
 #pragma once
 #include "common/gemm_s8_sm80.cuh"
 #include "vdit/linear.h"
@@ -9,8 +9,8 @@ namespace vdit {
 // Registers of 32 columns and 32 k: [columns 8 j .. 8 j + 7][k half].
 using WeightRegisters = uint32_t[4][2];
 
-// A lane's 16 bytes of a kInt4 tile. Word 2 h + i holds k half h; its low nibbles are columns 8 i on, its high
-// nibbles columns 8 i + 16 on.
+// A lane's 16 bytes of a kInt4 tile. Word 2 h + i holds k half h; its low nibbles are columns 8 i on, its
+// high nibbles columns 8 i + 16 on.
 VDIT_DEVICE void decode_nibbles(uint4 tile, uint32_t (*b)[2]) {
   constexpr uint32_t kLow = 0x0f0f0f0fu;
   uint32_t const words[4] = {tile.x, tile.y, tile.z, tile.w};
@@ -52,7 +52,8 @@ struct TableRow {
     if constexpr (kSize == 8) {
       return low;
     } else {
-      // Bit 3 of a code asks for the upper half of the table: byte i of `low` is number i, of `high` number i + 4.
+      // Bit 3 of a code asks for the upper half of the table: byte i of `low` is number i, of `high` number i
+      // + 4.
       uint32_t const high = byte_perm(words[2], words[3], magnitudes);
       return byte_perm(low, high, (codes & 0x8888u) >> 1 | 0x3210u);
     }

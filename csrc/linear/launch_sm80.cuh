@@ -14,8 +14,8 @@ void launch_linear_table_sm80(LinearParams const& p, void* stream);
 template <LinearTileSize kSize, bool kPacked>
 struct LinearTileOf {
   static constexpr LinearTile kTile = linear_tile(kSize, kPacked);
-  using type = GemmTileSm80<kTile.block_m, kTile.block_n, kTile.warps_m, kTile.warps_n, kTile.warps_k, kTile.stages,
-                            kTile.blocks_sm>;
+  using type = GemmTileSm80<kTile.block_m, kTile.block_n, kTile.warps_m, kTile.warps_n, kTile.warps_k,
+                            kTile.stages, kTile.blocks_sm>;
 };
 
 template <LinearTileSize kSize, bool kPacked, template <class> class WeightsOf>
@@ -36,8 +36,10 @@ void launch_linear_tile(LinearParams const& p, void* stream) {
 template <bool kPacked, template <class> class WeightsOf>
 void launch_linear(LinearParams const& p, void* stream) {
   switch (pick_tile(p, multiprocessors())) {
-    case LinearTileSize::kLarge: return launch_linear_tile<LinearTileSize::kLarge, kPacked, WeightsOf>(p, stream);
-    case LinearTileSize::kMedium: return launch_linear_tile<LinearTileSize::kMedium, kPacked, WeightsOf>(p, stream);
+    case LinearTileSize::kLarge:
+      return launch_linear_tile<LinearTileSize::kLarge, kPacked, WeightsOf>(p, stream);
+    case LinearTileSize::kMedium:
+      return launch_linear_tile<LinearTileSize::kMedium, kPacked, WeightsOf>(p, stream);
     default: return launch_linear_tile<LinearTileSize::kSmall, kPacked, WeightsOf>(p, stream);
   }
 }

@@ -1,5 +1,5 @@
-// run_linear_sm80 and run_expand_weight_sm80: what is checked for callers that come without torch, and which format's
-// kernel runs.
+// run_linear_sm80 and run_expand_weight_sm80: what is checked for callers that come without torch, and which
+// format's kernel runs.
 #include "linear/kernel_sm80_expand.cuh"
 #include "linear/launch_sm80.cuh"
 
@@ -13,20 +13,23 @@ namespace {
 void check_table(char const* op, WeightFormat format, int32_t table_size, int8_t const* table) {
   if (format != WeightFormat::kTable) return;
   if ((table_size != 8 && table_size != 16) || !all_multiples(4, {table}, 1, {})) {
-    refuse(op, "a table must have 8 or 16 entries a row at a multiple of 4 bytes, got " + std::to_string(table_size) +
-                   " entries or a pointer that is not.");
+    refuse(op, "a table must have 8 or 16 entries a row at a multiple of 4 bytes, got " +
+                   std::to_string(table_size) + " entries or a pointer that is not.");
   }
 }
 
 void check_linear(LinearParams const& p) {
   char const* op = "linear";
   if (p.k < 1 || p.k > 65536 || p.k % 16 != 0) {
-    refuse(op, "on CUDA there must be a multiple of 16 input channels, at most 65536, got " + std::to_string(p.k) + ".");
+    refuse(op, "on CUDA there must be a multiple of 16 input channels, at most 65536, got " +
+                   std::to_string(p.k) + ".");
   }
   bool const int8 = p.format == WeightFormat::kInt8;
   if (!all_multiples(16, {p.x, p.weight, p.weight_low}, 1, {p.stride_x, int8 ? p.stride_weight : 0})) {
-    refuse(op, "on CUDA rows of x and the weight must start at multiples of 16 bytes, got a pointer or a stride that "
-               "does not; align them.");
+    refuse(op,
+           "on CUDA rows of x and the weight must start at multiples of 16 bytes, got a pointer or a stride "
+           "that "
+           "does not; align them.");
   }
   if (p.m > 0x7fffffff || p.epilogue.rows_per_batch > 0x7fffffff) {
     refuse(op, "on CUDA there must be fewer than 2^31 rows, got " + std::to_string(p.m) + ".");

@@ -28,9 +28,11 @@ bool is_wide_x(QuantizeRowsParams const& p, int64_t bytes) {
 
 bool is_wide_channel(QuantizeRowsParams const& p) {
   int64_t const bytes = p.modulation_dtype == DType::kFloat32 ? 4 : 2;
-  return p.channels % 8 == 0 && all_multiples(16, {p.norm_weight, p.norm_bias, p.channel_scale, p.signs}, 1, {}) &&
-         all_multiples(16, {p.modulation_scale, p.shift}, bytes,
-                       {p.stride_modulation_scale.b, p.stride_modulation_scale.h, p.stride_shift.b, p.stride_shift.h});
+  return p.channels % 8 == 0 &&
+         all_multiples(16, {p.norm_weight, p.norm_bias, p.channel_scale, p.signs}, 1, {}) &&
+         all_multiples(
+             16, {p.modulation_scale, p.shift}, bytes,
+             {p.stride_modulation_scale.b, p.stride_modulation_scale.h, p.stride_shift.b, p.stride_shift.h});
 }
 
 template <class Kernel>

@@ -1,5 +1,5 @@
-// Which tile a product of the linear family gets on compute capability 8.0 and up: what was decided, apart from what
-// was asked (the launch struct). Pure host code.
+// Which tile a product of the linear family gets on compute capability 8.0 and up: what was decided, apart
+// from what was asked (the launch struct). Pure host code.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -11,11 +11,11 @@ namespace vdit {
 enum class LinearTileSize : int32_t { kLarge = 0, kMedium = 1, kSmall = 2 };
 
 struct LinearTile {
-  int block_m, block_n;            // sums a thread block
-  int warps_m, warps_n, warps_k;   // warps along k share sums, each with its own part of k
-  int stages;                      // steps of x and weight in shared memory
-  int blocks_sm;                   // thread blocks that share an SM of an A100
-  double cost;                     // a product's time beside the large tile's
+  int block_m, block_n;           // sums a thread block
+  int warps_m, warps_n, warps_k;  // warps along k share sums, each with its own part of k
+  int stages;                     // steps of x and weight in shared memory
+  int blocks_sm;                  // thread blocks that share an SM of an A100
+  double cost;                    // a product's time beside the large tile's
 
   constexpr int block_k() const { return 64 * warps_k; }
   constexpr int threads() const { return 32 * warps_m * warps_n * warps_k; }
@@ -27,10 +27,10 @@ struct LinearTile {
   }
 };
 
-// Packed weights are unpacked by the warp that multiplies them. In the large tile the four warps stand side by side
-// along n, so that each code is unpacked once a block and the tables of 32 columns stay in 16 registers; int8 weights
-// get warps of 64 x 64, which read the least from shared memory. The small tile is for products that only read the
-// weight: as many blocks as there are, with much of k under way in each.
+// Packed weights are unpacked by the warp that multiplies them. In the large tile the four warps stand side
+// by side along n, so that each code is unpacked once a block and the tables of 32 columns stay in 16
+// registers; int8 weights get warps of 64 x 64, which read the least from shared memory. The small tile is
+// for products that only read the weight: as many blocks as there are, with much of k under way in each.
 // NOTE: `cost` is an estimate from shared-memory reads a product, not measured.
 constexpr LinearTile linear_tile(LinearTileSize size, bool packed) {
   switch (size) {
@@ -47,7 +47,8 @@ inline LinearTileSize pick_tile(LinearParams const& p, int multiprocessors) {
   double best_time = 0;
   for (LinearTileSize size : {LinearTileSize::kLarge, LinearTileSize::kMedium, LinearTileSize::kSmall}) {
     LinearTile const tile = linear_tile(size, p.format != WeightFormat::kInt8);
-    int64_t const tiles = ((p.m + tile.block_m - 1) / tile.block_m) * ((p.n + tile.block_n - 1) / tile.block_n);
+    int64_t const tiles =
+        ((p.m + tile.block_m - 1) / tile.block_m) * ((p.n + tile.block_n - 1) / tile.block_n);
     int64_t const turns = (tiles + multiprocessors - 1) / multiprocessors;
     double const time = static_cast<double>(turns) * tile.block_m * tile.block_n * tile.cost;
     if (best_time == 0 || time < best_time) best = size, best_time = time;

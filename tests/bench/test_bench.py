@@ -196,8 +196,8 @@ def test_gpu_script_dry_run():
     assert shell("bash", "-n", "bench/build_fa3.sh").returncode == 0
     names = stages_of()
     # Correctness first, then the figures, then the rest; without a GPU, 9.0 is taken.
-    assert names[:5] == ["environment", "build", "loads", "check_attention", "check_linear"]
-    assert names[5:9] == ["check_attention_sm90", "check_linear_sm90", "figures-sm90", "figures-sm80"]
+    assert names[:6] == ["environment", "build", "loads", "check_attention", "check_linear", "check_vq"]
+    assert names[6:10] == ["check_attention_sm90", "check_linear_sm90", "figures-sm90", "figures-sm80"]
     assert names.index("layer") < names.index("sanitizer_memcheck_sm90") < names.index("planner-hunyuan")
     assert names[-1] == "counters_sm80" and {"svg2-hunyuan", "overlap-sm90"} <= set(names)
     checkers = {

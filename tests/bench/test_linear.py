@@ -34,7 +34,8 @@ def test_every_format_is_checked_timed_and_compared(tmp_path):
     assert judged == ["20x96x40_int8_whole", "20x96x40_int4_whole"]
     (table,) = result["tables"]
     assert [cells[1] for cells in table["cells"]] == list(bench_linear.FORMATS)
-    assert [cells[-1] for cells in table["cells"]] == ["0.50", "0.25", "0.50", "0.25", "0.25"]
+    assert [cells[6] for cells in table["cells"]] == ["0.50", "0.25", "0.50", "0.25", "0.25"]
+    assert table["head"][7] == "both speeds in processor time" and all("," in c[7] for c in table["cells"])
     assert "## Figures" in page
 
 

@@ -135,6 +135,10 @@ corner = [
     C("sixteen_rows", (16,), n=70, k=272),
     C("seventeen_rows", (17,), n=70, k=272),
     C("batches", (2, 9), n=33, k=144),
+    # More steps along k than stages or warps share; the emulated GPU's three SMs get small tiles, then large ones.
+    C("long_k_few_rows", (9,), n=40, k=1104),
+    C("long_k_small_tiles", (20,), n=64, k=1104),
+    C("large_tiles", (250,), n=384, k=336),
 ]
 # What only the CPU takes.
 odd_k = [

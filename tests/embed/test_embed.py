@@ -34,7 +34,7 @@ def test_program_without_torch_calls_a_kernel(tmp_path):
     assert "torch" not in run("ldd", tmp_path / "embed", env=clean)
 
 
-@pytest.mark.parametrize("header", ["attention.h", "types.h", "threads.h"])
+@pytest.mark.parametrize("header", ["attention.h", "epilogue.h", "linear.h", "types.h", "threads.h"])
 def test_public_headers_stand_alone(header, tmp_path):
     include = INSTALLED / "include"
     if not include.is_dir():

@@ -10,7 +10,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cases import attention as cases
+from cases import linear as linear_cases
 from cases import rope as rope_cases
+from cases import vq as vq_cases
 
 
 def main(library: str) -> None:
@@ -25,7 +27,31 @@ def main(library: str) -> None:
         inputs = rope_cases.make_norm_rope(case, torch.bfloat16)
         torch.ops.vdit_emu.rms_norm_rope(*inputs.args, **inputs.kwargs)
         print("ran", case.name, flush=True)
+    for case in linear_cases.every_rows:
+        inputs = linear_cases.make_rows(case, torch.bfloat16)
+        torch.ops.vdit_emu.quantize_rows(inputs.x, **inputs.kwargs)
+        print("ran", case.name, flush=True)
+    for case in (*linear_cases.every, LARGE):
+        for ops in (torch.ops.vdit_emu, torch.ops.vdit_emu_sm90):
+            run_products(ops, case)
+        print("ran", case.name, flush=True)
+    for case in (c for c in vq_cases.corner + vq_cases.epilogues if c.cuda):
+        for ops in (torch.ops.vdit_emu, torch.ops.vdit_emu_sm90):
+            run_vq_ops(ops, case)
+        print("ran", case.name, flush=True)
     print("all ran")
+
+
+# The largest tile of compute capability 8.0, with steps of k for each of its stages.
+LARGE = linear_cases.LinearCase("large", (300,), 400, 120, zero=True, bias=True, gate="s", residual="dense")
+
+
+def run_products(ops, case) -> None:
+    """Every weight format by every path."""
+    for format in linear_cases.FORMATS:
+        inputs = linear_cases.make_linear(case, format)
+        for path in ({},) if format == "int8" else ({"path": "fused"}, {"path": "expand"}):
+            getattr(ops, inputs.op)(*inputs.args, **inputs.kwargs, **path)
 
 
 def few_rows(x):
@@ -57,6 +83,19 @@ def run_other_ops(ops, case, inputs) -> None:
     ops.topk_blocks(scores, 7, per_head=True)
     ops.topk_blocks(scores, 2)
     ops.topp_blocks(scores, 0.8, min_blocks=2)
+
+
+def run_vq_ops(ops, case) -> None:
+    for dim, dtype, path in (
+        (4, torch.bfloat16, "fused"),
+        (2, torch.float16, "expand"),
+        (2, torch.int8, "fused"),
+    ):
+        inputs = vq_cases.make_linear(case, dim, dtype)
+        ops.vq_linear(*inputs.args, **inputs.kwargs, path=path)
+        ops.vq_dequantize(inputs.codes, inputs.codebook, case.n, case.k)
+    ops.vq_assign(torch.randn(130 + case.n, 3), torch.randn(1 + case.k, 3), 1)
+    ops.vq_assign(torch.randn(1 + case.n, 8), torch.randn(600, 8), 3)
 
 
 if __name__ == "__main__":

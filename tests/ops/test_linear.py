@@ -123,6 +123,29 @@ def test_whole_tiles_with_everything(backend, format, dtype):
     assert_one_rounding(call(backend, inputs), inputs, dtype)
 
 
+def test_a_column_does_not_depend_on_its_place(backend):
+    """To the bit, whatever part of a vector or a tile it is."""
+    inputs = cases.make_linear(cases.epilogues[10], "int8", torch.float32)
+    whole = call(backend, inputs).cpu()
+    x, x_scale, weight, scale = inputs.args
+    for first, last in ((0, 33), (33, 70), (69, 70)):
+        part = cases.LinearInputs(inputs.op, (x, x_scale, weight[first:last], scale[first:last]), {})
+        part.kwargs = {
+            name: value[..., first:last] if name in ("weight_zero", "bias", "gate", "residual") else value
+            for name, value in inputs.kwargs.items()
+        }
+        assert torch.equal(call(backend, part).cpu(), whole[:, first:last])
+
+
+def test_sums_given_spare_a_pass_and_change_nothing(backend):
+    inputs = cases.make_linear(cases.blocks[0], "int8")
+    x_sum = inputs.args[0].sum(-1, dtype=torch.int32)
+    inputs.kwargs["x_sum"] = x_sum
+    given = call(backend, inputs)
+    del inputs.kwargs["x_sum"]
+    assert torch.equal(given, call(backend, inputs))
+
+
 def test_bf16_is_the_default(backend):
     inputs = cases.make_linear(cases.corner[1], "int8")
     assert call(backend, inputs, out_dtype=None).dtype == torch.bfloat16

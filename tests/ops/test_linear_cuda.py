@@ -115,8 +115,20 @@ def test_long_products_expand_and_short_ones_do_not():
             _C.linear_path(m, 5120, 5120, weight_format=weight_format)["path"] for m in (1, 64, 10**3, 10**6)
         ]
         assert taken == ["fused", "fused", "fused", "expand"], weight_format
-    found = _C.linear_path(8192, 5120, 5120, compute_capability=90)
-    assert found["expand_cost"] == pytest.approx(253 / 8192)
+
+
+def test_wgmma_unpacks_four_bits_for_nothing_and_planes_not():
+    """What csrc/linear/sm90.md calculates: planes fill shared memory more than int8 weights do."""
+    int4, planes = (
+        _C.linear_path(8192, 5120, 5120, weight_format=name, compute_capability=90)
+        for name in ("int4", "nibble planes")
+    )
+    assert int4["expand_cost"] == planes["expand_cost"] == pytest.approx(253 / 8192)
+    assert (int4["path"], planes["path"]) == ("fused", "expand")
+    assert planes["text"] == (
+        "linear: expand for nibble planes weights at M = 8192: expanding would add 3.1 % to the int8 product and "
+        "26214400 bytes of scratch, unpacking in the kernel 9.0 % (estimates)"
+    )
 
 
 @pytest.mark.parametrize("path", ["fused", "expand"])

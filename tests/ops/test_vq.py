@@ -15,7 +15,7 @@ from vdit_ext import _C, ops
 from vdit_ext.ops import vq as defs
 from vdit_ext.testing import assert_close, generator
 
-BACKENDS = ("cpu", "emu", "cuda")
+BACKENDS = ("cpu", "emu", "emu_sm90", "cuda")
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 HALVES = [torch.bfloat16, torch.float16]
 FLOATS = [*HALVES, torch.float32]

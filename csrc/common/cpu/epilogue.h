@@ -67,7 +67,9 @@ inline Simd::Vec finish(LinearEpilogue const& e, EpilogueRow const& row, int64_t
 }
 
 inline float finish_one(LinearEpilogue const& e, EpilogueRow const& row, int64_t n, float y) {
-  if (e.weight_zero) y = y + e.weight_zero[n] * row.x_sum;
+  // Rounded as the vectors round it, so that a column's value does not depend on its place.
+  if (e.weight_zero)
+    y = Simd::fma(Simd::set1(e.weight_zero[n]), Simd::set1(row.x_sum), Simd::set1(y))[0];
   y = y * (e.weight_scale ? row.x_scale * e.weight_scale[n] : row.x_scale);
   if (e.bias) y = y + e.bias[n];
   if (e.gate) y = y * FloatArray{e.gate, e.gate_dtype}.at(row.gate + n);

@@ -17,7 +17,7 @@ namespace vdit {
 // A float product (vq_linear on fp16 or bf16) has neither x_scale nor weight_zero; null scales count as 1.
 struct LinearEpilogue {
   float const* x_scale = nullptr;       // [m] or null
-  int32_t const* x_sum = nullptr;       // [m], sums of the activation codes; null without weight_zero
+  int32_t const* x_sum = nullptr;       // [m], sums of the activation codes; may be null without weight_zero
   float const* weight_scale = nullptr;  // [n] or null
   float const* weight_zero = nullptr;   // [n] or null
   float const* bias = nullptr;          // [n] or null

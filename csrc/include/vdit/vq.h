@@ -47,7 +47,7 @@ struct VqDequantizeParams {
 // in int32; otherwise both are fp16 or bf16 (fp32 too on the CPU), sums are fp32 and row_scale is the epilogue's
 // weight_scale.
 struct VqLinearParams {
-  void const* x = nullptr;         // [m, k], rows of stride_x elements
+  void const* x = nullptr;         // [m, k], rows of stride_x elements; int8: zero from k up to a multiple of 16
   void const* codes = nullptr;
   void const* codebook = nullptr;
   int64_t stride_x = 0;

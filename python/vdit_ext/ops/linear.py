@@ -397,7 +397,8 @@ def w8a8_linear(
         x_scale: fp32 of x's leading shape.
         weight: int8 ``[N, K]``, contiguous last dimension.
         weight_scale: fp32 ``[N]``.
-        x_sum: int32 of x's leading shape, the sums of x's codes; needed with ``weight_zero``.
+        x_sum: int32 of x's leading shape, the sums of x's codes; needed with ``weight_zero``, and without it
+            spares the CPU a pass over x.
         weight_zero, bias: fp32 ``[N]``.
         gate: ``[B|1, S|1, N]`` (``[M|1, N]`` for a 2-D x), any floating dtype.
         residual: x's leading shape and N, of ``out_dtype``.
