@@ -85,6 +85,8 @@ def test_mask_and_rotation_beat_rounding_in_most_layers(toy):
     for info in linear_layers(model):
         linear, rows = model.get_submodule(info.name), found[info.name].rows[:128]
         exact = linear(rows)
-        gains.append(snr(QuantLinear(both[info.name])(rows), exact) - snr(QuantLinear(plain[info.name])(rows), exact))
+        gains.append(
+            snr(QuantLinear(both[info.name])(rows), exact) - snr(QuantLinear(plain[info.name])(rows), exact)
+        )
     gains = torch.tensor(gains)
     assert gains.median() > 0.5 and (gains > 0).float().mean() > 0.8
