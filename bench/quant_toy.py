@@ -5,8 +5,8 @@
 
 Prints, for each model and row: SNR of the weights (mask and rotation undone), SNR of whole blocks on the inputs
 that the full-precision model gives them, PSNR of what is sampled against the full-precision run from the same
-noise, size of the quantized layers, and seconds to quantize (the calibration, which all methods of a model share,
-is in the heading). These are toy results. ``--write`` puts them under bench/results.
+noise, size of the quantized layers, and seconds to quantize (the calibration, which all methods of a model
+share, is in the heading). These are toy results. ``--write`` puts them under bench/results.
 """
 
 from __future__ import annotations
