@@ -3,10 +3,10 @@
 
     python bench/quant_toy.py [--models toy_t2v,toy_dit] [--only vidit_q,rtn] [--clips 2] [--write]
 
-Prints, for each model and row: SNR of the weights (mask and rotation undone), SNR of whole blocks on the inputs that
-the full-precision model gives them, PSNR of what is sampled against the full-precision run from the same noise, size
-of the quantized layers, and seconds to quantize (the calibration, which all methods of a model share, is in the
-heading). These are toy results. ``--write`` puts them under bench/results.
+Prints, for each model and row: SNR of the weights (mask and rotation undone), SNR of whole blocks on the inputs
+that the full-precision model gives them, PSNR of what is sampled against the full-precision run from the same
+noise, size of the quantized layers, and seconds to quantize (the calibration, which all methods of a model
+share, is in the heading). These are toy results. ``--write`` puts them under bench/results.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from machine import facts, slug  # noqa: E402
+from machine import facts, slug
 
-from vdit_ext import toyworld  # noqa: E402
-from vdit_ext.toyworld import dit  # noqa: E402
-from vdit_ext.quant import apply, calibrate, linear_layers, measure, methods  # noqa: E402
-from vdit_ext.video import quality  # noqa: E402
+from vdit_ext import toyworld
+from vdit_ext.quant import apply, calibrate, linear_layers, measure, methods
+from vdit_ext.toyworld import dit
+from vdit_ext.video import quality
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MEASURED_PROMPTS = ("a red disc bounces over blue stripes", "a yellow square slides left over green dots")
@@ -81,10 +81,14 @@ _ROUNDED = tuple(Row("rtn", bits) for bits in ("w8a8", "w6a6", "w4a8", "w4a6", "
 _SMOOTHED = tuple(Row("smoothquant", bits) for bits in ("w8a8", "w4a8", "w4a4", "w3a8"))
 _VIDIT_Q = (
     *(Row("vidit_q", bits) for bits in ("w8a8", "w6a6", "w4a8", "w4a8-mp")),
+    Row("vidit_q", "w8a8", {"rotation": "block"}, "vidit_q, rotated"),
     Row("vidit_q", "w4a8-mp", {"alpha": None, "rotation": "none"}, "rtn, same map"),
 )
 _LRQ_DIT = tuple(Row("lrq_dit", bits) for bits in ("w4a8", "w4a6", "w4a4", "w3a8", "w3a6", "w3a4"))
-_VQ = tuple(Row(method, bits) for method in ("kmeans_vq", "vq4dit") for bits in ("w3", "w2"))
+# Without the modulation linears, which the other methods leave alone too.
+_VQ = tuple(
+    Row(method, bits, {"modulation": False}) for bits in ("w3", "w2") for method in ("kmeans_vq", "vq4dit")
+)
 ROWS = {name: (*_ROUNDED, *_SMOOTHED, *_VIDIT_Q, *_LRQ_DIT, *_VQ) for name in ("toy_t2v", "toy_dit")}
 
 

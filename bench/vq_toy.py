@@ -5,8 +5,8 @@
 
 Rows: rounding of each output channel to the nearest of 4 or 8 even steps, over the whole range or over the
 share of it with the least squared error; plain k-means; codebooks and biases calibrated under k-means'
-assignments; calibrated assignments (VQ4DiT). Figures as in `quant_toy.py`; "passed" is the share of pictures in
-which the check of `vdit_ext.toyworld.check_dit` sees what was asked for. These are toy results.
+assignments; calibrated assignments (VQ4DiT). Figures as in `quant_toy.py`; "colour" is the share of pictures in
+which the check of `vdit_ext.toyworld.check_dit` sees the colour asked for. These are toy results.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vdit_ext.video import quality
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEED = 1000
-STEPS = 25
+STEPS = dit.DEFAULT_STEPS
 # Calibration: a class and no class a run, from noise that is not measured on.
 RUNS = tuple((label, 50_000 + label) for label in (3, 8, 12, 20, 5, 16, 0, 23))
 CALIBRATED = {"steps": 400, "codebook_steps": 200}
@@ -130,7 +130,7 @@ def run(bits: list[str], rows: list[str], modulation: bool, pictures: int) -> tu
 def line(row: dict) -> str:
     """A row of the table."""
     cells = [f"{row[key]:.1f}" if key in row else "-" for key in ("weight_snr_db", "block_snr_db", "psnr_db")]
-    cells += [f"{row['rates']['passed']:.0%}", f"{row['kib']:.0f}"]
+    cells += [f"{row['rates']['colour']:.0%}", f"{row['kib']:.0f}"]
     cells.append(f"{row['seconds']:.0f}" if "seconds" in row else "-")
     return f"| {row['method']} | {row.get('bits', '-')} | {' | '.join(cells)} |"
 
@@ -145,7 +145,7 @@ def table(result: dict) -> str:
         f"torch {result['versions']['torch']}. Toy results: {result['pictures']} pictures, linears {which} "
         "adaLN modulation, activations in fp32.",
         "",
-        "| method | bits | weight SNR dB | block SNR dB | PSNR dB | passed | KiB | s to quantize |",
+        "| method | bits | weight SNR dB | block SNR dB | PSNR dB | colour | KiB | s to quantize |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
         *map(line, result["rows"]),
     ]

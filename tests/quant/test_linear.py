@@ -25,6 +25,7 @@ from vdit_ext.quant import (
 )
 from vdit_ext.quant.hadamard import random_signs
 from vdit_ext.quant.uniform import round_weight, to_int4, to_int8, to_planes
+from vdit_ext.quant.weights import DenseWeight
 
 N, K = 40, 96
 
@@ -63,6 +64,7 @@ def weights():
         "vq-2": vq(2),
         "vq-3": vq(3),
         "vq-2-int8": vq(2).to_int8(),
+        "dense": DenseWeight(normal(N, K)),
     }
 
 
@@ -124,7 +126,7 @@ def test_dtype_and_leading_shape_follow_the_input(dtype):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_config_and_state_dict_make_the_same_layer(form):
-    transform = InputTransform() if form.startswith("vq") else transforms()["hadamard"]
+    transform = InputTransform() if form.startswith(("vq", "dense")) else transforms()["hadamard"]
     layer = QuantLinear(QuantLayer(weights()[form], normal(N), transform, "blocks.0.qkv"))
     config = json.loads(json.dumps(layer.config()))
     copied = QuantLinear.empty(config)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases.quant import snr
 
 from vdit_ext import toyworld
-from vdit_ext.quant import apply, calibrate, linear_layers
+from vdit_ext.quant import QuantLinear, apply, calibrate, linear_layers
 from vdit_ext.quant.baselines import round_to_nearest
 from vdit_ext.quant.vidit_q import average_bits, quantize
 from vdit_ext.toyworld import captions, codec, text
@@ -74,10 +75,6 @@ def test_w4a8_with_mixed_precision_is_within_28_decibels(toy):
 
 def test_mask_and_rotation_beat_rounding_in_most_layers(toy):
     """Output error at 4 bits on the calibration's rows, group by group."""
-    from cases.quant import snr
-
-    from vdit_ext.quant import QuantLinear
-
     model, found = toy[0].transformer, toy[1]
     both = quantize(model, found, bits="w4a8").layers
     plain = round_to_nearest(model, bits="w4a8").layers
@@ -85,6 +82,7 @@ def test_mask_and_rotation_beat_rounding_in_most_layers(toy):
     for info in linear_layers(model):
         linear, rows = model.get_submodule(info.name), found[info.name].rows[:128]
         exact = linear(rows)
-        gains.append(snr(QuantLinear(both[info.name])(rows), exact) - snr(QuantLinear(plain[info.name])(rows), exact))
+        ours, theirs = (snr(QuantLinear(some[info.name])(rows), exact) for some in (both, plain))
+        gains.append(ours - theirs)
     gains = torch.tensor(gains)
     assert gains.median() > 0.5 and (gains > 0).float().mean() > 0.8

@@ -289,7 +289,7 @@ def _intervals(infos: list[LinearInfo], precision: str | Sequence[BitMap]) -> tu
             raise ValueError(f"vidit_q: precision must be 4 or 8 bits for {wrong}, got {bits[wrong]}")
     if not precision:
         raise ValueError("vidit_q: precision must hold a bit map for each part of the steps, got none")
-    return tuple({name: bits.get(name, 8) for name in names} for bits in precision)
+    return tuple({info.name: bits.get(info.name, 8) for info in infos} for bits in precision)
 
 
 def _levels(

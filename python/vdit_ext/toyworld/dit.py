@@ -21,8 +21,8 @@ CHANNELS, GRID = 3, 32
 CLASSES = tuple(f"{colour} {shape}" for shape in scene.SHAPES for colour in scene.THING_COLOURS)
 NULL_CLASS = len(CLASSES)  # no class, for classifier-free guidance
 TEXTURES = ("stripes", "plain")  # of the backgrounds this model has seen
-DEFAULT_STEPS = 50
-DEFAULT_GUIDANCE = 2.0
+DEFAULT_STEPS = 25
+DEFAULT_GUIDANCE = 3.0
 
 CONFIG = dict(
     num_attention_heads=2,
