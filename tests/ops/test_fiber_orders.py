@@ -14,7 +14,13 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-FILES = ("test_block_sparse_attention.py", "test_kmeans_assign.py", "test_block_mass.py")
+FILES = (
+    "test_block_sparse_attention.py",
+    "test_kmeans_assign.py",
+    "test_block_mass.py",
+    "test_linear.py",
+    "test_vq.py",
+)
 
 
 @pytest.mark.slow
