@@ -18,7 +18,7 @@ struct QuantizeRowsLaunch {
 template <int kLanes>
 struct RowReduction {
   static constexpr int kWarps = kLanes / 32;
-  static constexpr int kCalls = 4;
+  static constexpr int kCalls = 5;
   static constexpr int kSmemBytes = kWarps > 1 ? kCalls * kWarps * 4 : 0;
   uint32_t* slots;
 
@@ -53,7 +53,8 @@ struct QuantizeRow {
   QuantizeRowsLaunch const& a;
   T const* x;
   int64_t at_scale, at_shift;  // of the row in modulation_scale and shift
-  float mean = 0.f, rstd = 1.f;
+  // The mean is mean + rest.
+  float mean = 0.f, rest = 0.f, rstd = 1.f;
 
   VDIT_DEVICE QuantizeRow(QuantizeRowsLaunch const& launch, int64_t row) : a(launch) {
     QuantizeRowsParams const& p = a.p;
@@ -70,18 +71,23 @@ struct QuantizeRow {
 
   VDIT_DEVICE void load(int64_t k, float (&v)[8]) const { load8(x + k, count(k), a.wide_x, v); }
 
-  // The channels' share of the sum, or of the sum of squares around the mean.
+  // The channels' share of the sum.
   VDIT_DEVICE float sum(float const (&v)[8]) const {
     return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
   }
-  VDIT_DEVICE float squares(int64_t k, float const (&v)[8]) const {
-    float total = 0.f;
+  // Their share of the sums of distances from the mean, and of the squares of these.
+  VDIT_DEVICE void add_moments(int64_t k, float const (&v)[8], float& distances, float& squares) const {
     CUTE_UNROLL
     for (int i = 0; i < 8; ++i) {
-      float const d = v[i] - mean;
-      total += i < count(k) ? d * d : 0.f;
+      float const d = i < count(k) ? v[i] - mean : 0.f;
+      distances += d;
+      squares += d * d;
     }
-    return total;
+  }
+  // The mean as summed is off by its rounding, which the distances tell: rows far off zero keep their digits.
+  VDIT_DEVICE void set_moments(float distance, float square) {
+    float const variance = square - distance * distance;  // of equal numbers it may round below 0
+    rest = distance, rstd = 1.f / sqrtf((variance < 0.f ? 0.f : variance) + a.p.eps);
   }
 
   // All lanes of a warp come here together: blocks of up to 128 channels are spread over 16 lanes.
@@ -114,7 +120,7 @@ struct QuantizeRow {
       case RowPrologue::kNone: return;
       case RowPrologue::kLayerNorm:
         CUTE_UNROLL
-        for (int i = 0; i < 8; ++i) v[i] = (v[i] - mean) * rstd;
+        for (int i = 0; i < 8; ++i) v[i] = (v[i] - mean - rest) * rstd;
         return;
       case RowPrologue::kGelu:
         CUTE_UNROLL
@@ -231,11 +237,12 @@ struct QuantizeRowsKernel {
     for_each(p, v, [&](int64_t k, float (&part)[8]) { line.load(k, part); });
     if (p.prologue == RowPrologue::kLayerNorm) {
       float const channels = static_cast<float>(p.channels);
-      float total = 0.f, squares = 0.f;
+      float total = 0.f, distances = 0.f, squares = 0.f;
       for_each(p, v, [&](int64_t, float (&part)[8]) { total += line.sum(part); });
       line.mean = reduce.sum(total) / channels;
-      for_each(p, v, [&](int64_t k, float (&part)[8]) { squares += line.squares(k, part); });
-      line.rstd = 1.f / sqrtf(reduce.sum(squares) / channels + p.eps);
+      for_each(p, v, [&](int64_t k, float (&part)[8]) { line.add_moments(k, part, distances, squares); });
+      distances = reduce.sum(distances);
+      line.set_moments(distances / channels, reduce.sum(squares) / channels);
     }
     uint32_t magnitude = 0;
     for_each(p, v, [&](int64_t k, float (&part)[8]) {
@@ -278,11 +285,12 @@ struct QuantizeLongRowsKernel {
     RowReduction<kThreads> reduce{reinterpret_cast<uint32_t*>(smem)};
     if (p.prologue == RowPrologue::kLayerNorm) {
       float const channels = static_cast<float>(p.channels);
-      float total = 0.f, squares = 0.f;
+      float total = 0.f, distances = 0.f, squares = 0.f;
       for_each(line, [&](int64_t, float (&v)[8]) { total += line.sum(v); });
       line.mean = reduce.sum(total) / channels;
-      for_each(line, [&](int64_t k, float (&v)[8]) { squares += line.squares(k, v); });
-      line.rstd = 1.f / sqrtf(reduce.sum(squares) / channels + p.eps);
+      for_each(line, [&](int64_t k, float (&v)[8]) { line.add_moments(k, v, distances, squares); });
+      distances = reduce.sum(distances);
+      line.set_moments(distances / channels, reduce.sum(squares) / channels);
     }
     uint32_t magnitude = 0;
     for_each(line, [&](int64_t k, float (&v)[8]) {
