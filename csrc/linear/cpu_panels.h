@@ -68,8 +68,8 @@ struct Int8Panel {
 
 // ---- tiles ----
 
-// A tile of 32 x 32 codes as eight quads (neighbours in k) of 32 columns: out[quad * kPanelPitch + 4 *
-// column]. Past the last tile of n the one before is read: those columns go nowhere.
+// Where tiles of 32 x 32 codes begin. Past the last tile of n the one before is read: those columns go
+// nowhere.
 struct Tiles {
   int64_t n, k;
 
@@ -90,17 +90,24 @@ inline void for_tiles(int64_t n0, int64_t k0, int depth, uint8_t* panel, Widen c
       widen(n0 + column, k0 + at, panel + at / 4 * kPanelPitch + column * 4);
 }
 
-// Word `at` of a tile of 4-bit codes holds its row of eight, quad, half and sub-row (linear.h) as 16 row + 4
-// quad + 2 half + sub; the low nibbles are columns 8 sub + row, the high ones 16 more.
-inline void widen_nibbles(uint8_t const* tile, uint8_t* out) {
+// Calls put(from, to) for the words of a tile of 4-bit codes. By linear.h a word's byte is 4 (16 row + 4 quad
+// + 2 half + sub), quads counted within their half; its low nibbles are column 8 sub + row, the high ones 16
+// columns (64 bytes) on.
+template <class Put>
+inline void for_words(uint8_t* out, Put const& put) {
   for (int row = 0; row < 8; ++row)
     for (int quad = 0; quad < 8; ++quad)
-      for (int sub = 0; sub < 2; ++sub) {
-        uint32_t const word = load_word(tile + 4 * (16 * row + 4 * (quad % 4) + 2 * (quad / 4) + sub));
-        uint8_t* const to = out + quad * kPanelPitch + 4 * (8 * sub + row);
-        store_word(to, word & 0x0f0f0f0fu);
-        store_word(to + 64, word >> 4 & 0x0f0f0f0fu);
-      }
+      for (int sub = 0; sub < 2; ++sub)
+        put(4 * (16 * row + 4 * (quad % 4) + 2 * (quad / 4) + sub),
+            out + quad * kPanelPitch + 4 * (8 * sub + row));
+}
+
+inline void widen_nibbles(uint8_t const* tile, uint8_t* out) {
+  for_words(out, [&](int from, uint8_t* to) {
+    uint32_t const word = load_word(tile + from);
+    store_word(to, word & 0x0f0f0f0fu);
+    store_word(to + 64, word >> 4 & 0x0f0f0f0fu);
+  });
 }
 
 struct Int4Panel {
@@ -132,14 +139,10 @@ struct NibblePlanesPanel {
       joined[0][i] = static_cast<uint8_t>(high[i] << 4 | (low[i] & 15));
       joined[1][i] = static_cast<uint8_t>((high[i] & 0xf0) | low[i] >> 4);
     }
-    for (int row = 0; row < 8; ++row)
-      for (int quad = 0; quad < 8; ++quad)
-        for (int sub = 0; sub < 2; ++sub) {
-          int const from = 4 * (16 * row + 4 * (quad % 4) + 2 * (quad / 4) + sub);
-          uint8_t* const to = out + quad * kPanelPitch + 4 * (8 * sub + row);
-          store_word(to, load_word(joined[0] + from));
-          store_word(to + 64, load_word(joined[1] + from));
-        }
+    for_words(out, [&](int from, uint8_t* to) {
+      store_word(to, load_word(joined[0] + from));
+      store_word(to + 64, load_word(joined[1] + from));
+    });
   }
 };
 

@@ -155,16 +155,21 @@ struct Int8LinearKernel {
     return dtype == DType::kFloat16 ? pack2<cute::half_t>(v.x, v.y) : pack2<cute::bfloat16_t>(v.x, v.y);
   }
 
+  // As finish_outputs (common/epilogue.cuh) rounds, so that every kernel gives the same bits.
+  VDIT_DEVICE static float finish(int32_t sum, float zero, float x_sum, float scale, float bias) {
+    return add_rn(mul_rn(fmaf(zero, x_sum, static_cast<float>(sum)), scale), bias);
+  }
+
   // Two columns of a row, without the residual.
   VDIT_DEVICE static float2 finish_pair(LinearEpilogue const& e, Rows const& rows, int i, int64_t n,
                                         float2 scale, float2 zero, float2 bias, int32_t sum0, int32_t sum1) {
     float2 y;
-    y.x = (static_cast<float>(sum0) + zero.x * rows.x_sum[i]) * (rows.x_scale[i] * scale.x) + bias.x;
-    y.y = (static_cast<float>(sum1) + zero.y * rows.x_sum[i]) * (rows.x_scale[i] * scale.y) + bias.y;
+    y.x = finish(sum0, zero.x, rows.x_sum[i], rows.x_scale[i] * scale.x, bias.x);
+    y.y = finish(sum1, zero.y, rows.x_sum[i], rows.x_scale[i] * scale.y, bias.y);
     if (e.gate != nullptr && rows.there(i)) {
       float2 const gate =
           load_pair(e.gate, e.gate_dtype, epilogue_offset(e, e.stride_gate, rows.token(i)) + n);
-      y.x *= gate.x, y.y *= gate.y;
+      y.x = mul_rn(y.x, gate.x), y.y = mul_rn(y.y, gate.y);
     }
     return y;
   }
@@ -197,7 +202,7 @@ struct Int8LinearKernel {
         float2 y = finish_pair(e, rows, i, n, scale, zero, bias, pair[0], pair[1]);
         if (e.residual != nullptr) {
           float2 const residual = unpack_pair(out[i][tile], e.out_dtype);
-          y.x += residual.x, y.y += residual.y;
+          y.x = add_rn(y.x, residual.x), y.y = add_rn(y.y, residual.y);
         }
         out[i][tile] = pack_pair(y, e.out_dtype);
       }
@@ -233,7 +238,7 @@ struct Int8LinearKernel {
         if (e.residual != nullptr) {
           float2 const residual = load_pair(e.residual, DType::kFloat32,
                                             epilogue_offset(e, e.stride_residual, rows.token(i)) + n);
-          y.x += residual.x, y.y += residual.y;
+          y.x = add_rn(y.x, residual.x), y.y = add_rn(y.y, residual.y);
         }
         *reinterpret_cast<float2*>(static_cast<float*>(e.out) + at) = y;
       }

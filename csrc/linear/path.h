@@ -63,7 +63,7 @@ inline double expand_cost(int64_t m, int compute_capability) {
 // NOTE: calculated, to be replaced by measured times. With mma.sync (128 x 128 tiles on an A100) unpacking
 // takes 9, 19, 13 and 41 % of the products' cycles on the integer lanes for int4, planes and tables of 8 and
 // 16, most of it hidden behind the tensor cores; shared memory is as busy as with int8 weights (75 %), or 88
-// % with planes. With wgmma (sm90.md) shared memory is the limit: int8 weights fill it, packed ones leave
+// % with planes. With wgmma (README.md) shared memory is the limit: int8 weights fill it, packed ones leave
 // room, and planes need 9 % more.
 inline double fused_cost(WeightFormat format, int32_t table_size, int compute_capability) {
   bool const sm90 = compute_capability >= 90, small_table = table_size == 8;

@@ -15,14 +15,26 @@ except PackageNotFoundError:  # running from a source tree that was built in pla
 
 _LAZY = {
     "ops": ("ops", None),
+    "VditQuantConfig": ("integrations", "VditQuantConfig"),
     "accelerate": ("integrations", "accelerate"),
     "explain": ("integrations", "explain"),
     "load_pipeline": ("integrations", "load_pipeline"),
+    "quant": ("quant", None),
     "sparse": ("sparse", None),
     "toyworld": ("toyworld", None),
 }
 
-__all__ = ["__version__", "accelerate", "explain", "load_pipeline", "ops", "sparse", "toyworld"]
+__all__ = [
+    "VditQuantConfig",
+    "__version__",
+    "accelerate",
+    "explain",
+    "load_pipeline",
+    "ops",
+    "quant",
+    "sparse",
+    "toyworld",
+]
 
 
 def __getattr__(name: str):

@@ -319,7 +319,7 @@ class Run:
     """One sampled clip and what it cost.
 
     Attributes:
-        method: name, "dense" for the pipeline as it is.
+        method: name, "dense" for the pipeline as it is; with quantized linears, what they are after a plus.
         settings: of the method, plain data.
         clip: uint8 ``[f, h, w, 3]``.
         seconds: wall clock of the sampling, decoding included, loading not.
@@ -328,6 +328,7 @@ class Run:
         density_sparse_layers: the same over those layers only that were sparse; None when none was.
         density_overall: attention work done over that of dense attention, dense steps counted in.
         quality: against the dense clip; None when there is none to compare with.
+        quant: what its linears were, None for full precision.
     """
 
     method: str
@@ -338,6 +339,7 @@ class Run:
     density_sparse_layers: float | None
     density_overall: float
     quality: Quality | None = None
+    quant: str | None = None
 
     def against(self, dense: Run) -> Run:
         """This run with its quality measured against a dense one."""
@@ -352,6 +354,7 @@ class Run:
         q = self.quality
         return {
             "method": self.method,
+            "quant": self.quant,
             "density": self.density,
             "density_sparse_layers": self.density_sparse_layers,
             "density_overall": self.density_overall,
@@ -374,8 +377,21 @@ def run_dense(sampler: Sampler, request: Request, callback: Callback | None = No
     return Run("dense", {}, clip, seconds, 1.0, None, 1.0, Quality(math.inf, 1.0, True))
 
 
-def run_sparse(sampler: Sampler, request: Request, method: Any, callback: Callback | None = None) -> Run:
-    """Sample with a sparse method, and leave the pipeline as it was.
+def run_sparse(
+    sampler: Sampler,
+    request: Request,
+    method: Any,
+    callback: Callback | None = None,
+    *,
+    quant: Any = None,
+    label: str | None = None,
+) -> Run:
+    """Sample with a sparse method, with quantized linears, or with both, and leave the pipeline as it was.
+
+    Args:
+        method: sparse method; None for dense attention.
+        quant: as ``accelerate`` takes it; None for full precision.
+        label: what to call the quantized linears.
 
     Raises:
         Unsupported: one sentence, when the kernels cannot serve a call, which :func:`check_methods` could not
@@ -383,7 +399,8 @@ def run_sparse(sampler: Sampler, request: Request, method: Any, callback: Callba
     """
     from .integrations import accelerate
 
-    with accelerate(sampler.model, sparse=method, num_inference_steps=request.steps) as handle:
+    steps = request.steps
+    with accelerate(sampler.model, sparse=method, quant=quant, num_inference_steps=steps) as handle:
         start = time.perf_counter()
         try:
             clip = sampler.sample(request, callback)
@@ -394,27 +411,56 @@ def run_sparse(sampler: Sampler, request: Request, method: Any, callback: Callba
             raise
         seconds = time.perf_counter() - start
         stats = handle.stats()
+    density = 1.0 if method is None else _or_none(stats["density_steps"])
     return Run(
-        method.name,
+        run_name(method, label),
         settings_of(method),
         clip,
         seconds,
-        _or_none(stats["density_steps"]),
+        density,
         _or_none(stats["density"]),
         stats["density_overall"],
+        quant=label,
     )
+
+
+def run_name(method: Any, label: str | None = None) -> str:
+    """What a run is called: its sparse method, then what its linears are."""
+    name = "dense" if method is None else method.name
+    return name if label is None else f"{name}+{label}"
 
 
 def _or_none(share: float) -> float | None:
     return None if math.isnan(share) else share
 
 
-def check_methods(sampler: Sampler, request: Request, methods: Iterable[Any]) -> None:
-    """Raise ValueError, in one sentence, when a method cannot serve this model; nothing is sampled."""
+def check_methods(sampler: Sampler, request: Request, methods: Iterable[Any], quant: Any = None) -> None:
+    """Raise ValueError or FileNotFoundError, in one sentence, when a method, or quantized linears, cannot serve
+    this model; nothing is sampled."""
     from .integrations import accelerate
 
     for method in methods:
         accelerate(sampler.model, sparse=method, num_inference_steps=request.steps).undo()
+    if quant is not None:
+        accelerate(sampler.model, quant=quant, num_inference_steps=request.steps).undo()
+
+
+def quant_label(quant: str) -> str:
+    """What to call quantized linears that a command line names: a method, or the method and bits of a folder.
+
+    Raises:
+        ValueError, FileNotFoundError: one sentence, for neither.
+    """
+    from .quant import files
+    from .quant.methods import METHODS, check_free, entry_of
+
+    if quant in METHODS:
+        check_free(quant, entry_of(quant).bits[0])
+        return f"{quant}-{entry_of(quant).bits[0]}"
+    folder = Path(quant)
+    parts = [folder / name for name in ("transformer", "transformer_2") if files.is_saved(folder / name)]
+    settings = files.read_settings(parts[0] if parts and not files.is_saved(folder) else folder)
+    return "-".join(filter(None, (settings["method"], str(settings["info"].get("bits", "")))))
 
 
 def always_dense(sampler: Sampler, request: Request, method: Any) -> bool:

@@ -26,7 +26,7 @@ TINY = Path(__file__).with_name("vdit_cli_tiny.py")
 KEYS = {
     "method", "density", "density_sparse_layers", "density_overall", "psnr", "ssim", "identical", "seconds", "seconds_dense", "speedup",
     "settings", "frames_sha256", "prompt", "seed", "steps", "guidance", "model", "frames", "height", "width", "fps",
-    "machine", "versions", "out", "sheet",
+    "machine", "versions", "out", "sheet", "quant",
 }  # fmt: skip
 
 

@@ -81,6 +81,29 @@ def test_clip_from_a_folder(folder, tmp_path):
     assert read_video(tmp_path / "clip.mp4")[0].shape[0] == 5
 
 
+def test_a_pipeline_calibrates_on_its_own_clips(folder, tmp_path):
+    """From a folder to quantized layers to a clip."""
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    layers = tmp_path / "layers"
+    sizes = ("--size", "48x32", "--frames", "5", "--device", "cpu")
+    arguments = ["quantize", str(folder), "--method", "vidit_q", "--bits", "w4a8-mp", "--steps", "2", *sizes]
+    arguments += ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(layers), "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert record["model"] == "wan" and record["prompts"] == ["a cat"]
+    assert {row["fewest_bits"] for row in record["layers"] if row["kind"] == "self"} == {4}
+    assert {row["fewest_bits"] for row in record["layers"] if row["kind"] == "ffn"} == {8}
+    assert min(row["output_snr"] for row in record["layers"]) > 10
+    result = generate(
+        folder, tmp_path / "clip.mp4", *sizes[:4], "--method", "dense", "--quant", layers, "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    clip = json.loads(result.stdout)
+    assert clip["method"] == "dense+vidit_q-w4a8-mp" and clip["psnr"] > 15
+    assert WanTransformer3DModel.from_pretrained(layers).config.num_layers == 2
+
+
 def test_fps_is_16_unless_given(folder, tmp_path):
     from vdit_ext.cli import options
     from vdit_ext.cli.console import Reporter

@@ -2,11 +2,12 @@
 // vq family. Compiled once an instruction set, after one simd_*.h and int8_dot.h; everything is internal to
 // the unit.
 //
-// Weights reach the core as panels of unsigned bytes, 64 columns (n) by some depth (k), laid out [depth /
-// 4][64][4]: four neighbours in k of one column are one 32-bit word, as the dot product instructions take
-// them. Signed weights come with 128 added, which the sums of the activations' rows take out again. A panel
-// is filled once for up to kGemmRows rows, so that what a format costs to widen hardly counts; activations
-// are read as they lie.
+// Weights reach the core as panels of unsigned bytes, 64 columns (n) by some depth (k):
+//   [depth / 4][64][4]
+// so that four neighbours in k of one column are one 32-bit word, as the dot product instructions take them.
+// Signed weights come with 128 added, which the sums of the activations' rows take out again. A panel is
+// filled once for up to kGemmRows rows, so that what a format costs to widen hardly counts; activations are
+// read as they lie.
 //
 // A panel source is any type with
 //   static constexpr int kOffset                       what its bytes are above the weights: 0 or 128

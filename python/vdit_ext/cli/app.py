@@ -15,6 +15,7 @@ from .curve import curve
 from .doctor import doctor
 from .errors import BAD_INPUT, EXIT_CODES, INTERRUPTED, OK, say
 from .generate import generate
+from .quantize import quantize
 
 
 class Commands(TyperGroup):
@@ -42,8 +43,10 @@ class Commands(TyperGroup):
 app = typer.Typer(
     name="vdit",
     cls=Commands,
-    help="Sparse attention for video diffusion transformers: make clips, compare methods, measure, look into "
-    "the installation. Without --model, everything runs on the toy model that comes with the package.",
+    help="Sparse attention and quantized weights for video diffusion transformers: make clips, compare "
+    "methods, quantize, measure, look into the installation. Without --model, everything runs on the toy "
+    "model that "
+    "comes with the package.",
     epilog=EXIT_CODES,
     rich_markup_mode="markdown",
     invoke_without_command=True,
@@ -51,7 +54,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for function in (generate, compare, curve, bench, doctor):
+for function in (generate, compare, curve, quantize, bench, doctor):
     app.command(epilog=EXIT_CODES)(function)
 
 

@@ -44,6 +44,7 @@ def compare(
     top_p: options.TopP = None,
     keep_ratio: options.KeepRatio = None,
     settings: options.Setting = None,
+    quant: options.Quant = None,
     model: options.Model = None,
     size: options.Size = None,
     frames: options.Frames = None,
@@ -53,11 +54,12 @@ def compare(
 ) -> None:
     """Compare methods on one prompt: density, PSNR and SSIM against dense, seconds.
 
-    Prints a table and writes an HTML page, a contact sheet and the clips. Density is the kept share of
-    attention in the sparse steps, layers that stay dense counted in.
+    With --quant, dense attention and every method run again with quantized linears, and all are compared with
+    dense attention in full precision. Prints a table and writes an HTML page, a contact sheet and the clips.
+    Density is the kept share of attention in the sparse steps, layers that stay dense counted in.
 
-    --json prints a list of objects with method, model, density, density_sparse_layers (over the sparse layers
-    of those steps only), density_overall (over all steps), psnr, ssim, identical, seconds, speedup and
+    --json prints a list of objects with method, model, quant, density, density_sparse_layers (over the sparse
+    layers of those steps only), density_overall (over all steps), psnr, ssim, identical, seconds, speedup and
     settings. psnr is null where identical is true, since JSON has no infinity. With --set, write
     svg2.top_p=0.8 to reach one method.
     """
@@ -68,13 +70,14 @@ def compare(
         out = check_own_folder(DEFAULT_OUT, REPORT, RESULTS)
     request = options.request_for(prompt, seed, steps, guidance, model, size, frames)
     given = options.settings_for(names, top_p, keep_ratio, settings)
+    label = options.check_quant(quant)
     reporter = Reporter(quiet)
     uses = (*options.MEASURING, *(options.CLIPS if out is not None else ()))
     sampler = options.load_sampler(model, dtype, device, reporter, fps=fps, uses=uses)
     with refusing(ValueError, TypeError):
         request = sampler.resolve(request)
         chosen = [sampler.method(name, given[name]) for name in names if name != "dense"]
-    runs = sample_all(sampler, request, chosen, reporter)
+    runs = sample_all(sampler, request, chosen, reporter, quant, label)
     if out is not None:
         _write(out, runs, request, sampler)
     if as_json:
@@ -94,19 +97,30 @@ def split_methods(methods: str) -> list[str]:
     return ["dense", *(name for name in names if name != "dense")]
 
 
-def sample_all(sampler: Sampler, request: Request, methods: list[Any], reporter: Reporter) -> list[Run]:
-    """The dense run, then one for each method, measured against it."""
-    from ..compare import Unsupported, check_methods, run_dense, run_sparse
+def sample_all(
+    sampler: Sampler,
+    request: Request,
+    methods: list[Any],
+    reporter: Reporter,
+    quant: str | None = None,
+    label: str | None = None,
+) -> list[Run]:
+    """The dense run, then one for each method, measured against it, and these again with quantized linears."""
+    from ..compare import Unsupported, check_methods, run_dense, run_name, run_sparse
 
-    with refusing(ValueError, TypeError):
-        check_methods(sampler, request, methods)
+    with refusing(ValueError, TypeError, FileNotFoundError):
+        check_methods(sampler, request, methods, quant)
+    plans = [(method, None, None) for method in methods]
+    if quant is not None:
+        plans += [(method, quant, label) for method in (None, *methods)]
     with reporter.bars():
         sampler.warm_up(request)
         dense = run_dense(sampler, request, reporter.track("dense", request.steps))
         runs = [dense]
-        for method in methods:
+        for method, chosen, name in plans:
+            tell = reporter.track(run_name(method, name), request.steps)
             with refusing(Unsupported):
-                run = run_sparse(sampler, request, method, reporter.track(method.name, request.steps))
+                run = run_sparse(sampler, request, method, tell, quant=chosen, label=name)
             runs.append(run.against(dense))
     return runs
 

@@ -34,6 +34,7 @@ def generate(
     top_p: options.TopP = None,
     keep_ratio: options.KeepRatio = None,
     settings: options.Setting = None,
+    quant: options.Quant = None,
     model: options.Model = None,
     size: options.Size = None,
     frames: options.Frames = None,
@@ -41,25 +42,28 @@ def generate(
     dtype: options.Dtype = None,
     device: options.Device = None,
 ) -> None:
-    """Make a clip from a prompt with sparse attention.
+    """Make a clip from a prompt with sparse attention, and with quantized linears where --quant names some.
 
-    Samples the dense clip first and the sparse one after it from the same noise, writes the sparse clip and a
-    contact sheet of both and their difference, and ends with one line: density (kept share of attention), PSNR
-    and SSIM against dense, seconds of both. Sampling again with the same options gives the same frames.
+    Samples the dense clip in full precision first and the other one after it from the same noise, writes the
+    other clip and a contact sheet of both and their difference, and ends with one line: density (kept share of
+    attention), PSNR and SSIM against dense, seconds of both. Sampling again with the same options gives the
+    same frames.
     """
     (name,) = options.check_names([method])
     sheet = out.with_suffix(".png")
     check_file(out, ".mp4", sheet)
     request = options.request_for(prompt, seed, steps, guidance, model, size, frames)
     given = options.settings_for([name], top_p, keep_ratio, settings)[name]
+    label = options.check_quant(quant)
     reporter = Reporter(quiet)
-    measured = options.MEASURING if name != "dense" and not no_compare else ()
+    plain = name == "dense" and quant is None
+    measured = options.MEASURING if not plain and not no_compare else ()
     uses = (*options.CLIPS, *measured)
     sampler = options.load_sampler(model, dtype, device, reporter, fps=fps, uses=uses)
     with refusing(ValueError, TypeError):
         request = sampler.resolve(request)
         chosen = None if name == "dense" else sampler.method(name, given)
-    run, dense = _sample(sampler, request, chosen, not no_compare, reporter)
+    run, dense = _sample(sampler, request, chosen, not no_compare, reporter, quant, label)
     _write(out, sheet, run, dense, sampler, request)
     if as_json:
         print_json(_record(run, dense, sampler, request) | {"out": str(out), "sheet": str(sheet)})
@@ -70,22 +74,30 @@ def generate(
 
 
 def _sample(
-    sampler: Sampler, request: Request, method: Any, compare: bool, reporter: Reporter
+    sampler: Sampler,
+    request: Request,
+    method: Any,
+    compare: bool,
+    reporter: Reporter,
+    quant: str | None,
+    label: str | None,
 ) -> tuple[Run, Run | None]:
-    """The run that was asked for and the dense one, which is the same for the method "dense"."""
-    from ..compare import Unsupported, check_methods, run_dense, run_sparse
+    """The run that was asked for and the dense one, the same for the method "dense" in full precision."""
+    from ..compare import Unsupported, check_methods, run_dense, run_name, run_sparse
 
-    with refusing(ValueError, TypeError):
-        check_methods(sampler, request, [] if method is None else [method])
+    plain = method is None and quant is None
+    with refusing(ValueError, TypeError, FileNotFoundError):
+        check_methods(sampler, request, [] if method is None else [method], quant)
     with reporter.bars():
         sampler.warm_up(request)
         dense = None
-        if method is None or compare:
+        if plain or compare:
             dense = run_dense(sampler, request, reporter.track("dense", request.steps))
-        if method is None:
+        if plain:
             return dense, dense
+        tell = reporter.track(run_name(method, label), request.steps)
         with refusing(Unsupported):
-            run = run_sparse(sampler, request, method, reporter.track(method.name, request.steps))
+            run = run_sparse(sampler, request, method, tell, quant=quant, label=label)
     return (run if dense is None else run.against(dense)), dense
 
 

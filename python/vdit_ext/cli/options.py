@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 EXAMPLE = "a red disc bounces over blue stripes"
 # What `vdit_ext.sparse.METHODS` holds; written out so that a misspelt name is refused before torch is loaded.
 METHOD_NAMES = ("dense", "svg2", "svg1", "draft")
+# What `vdit_ext.quant.methods.METHODS` holds, for the same reason.
+QUANT_METHODS = ("vidit_q", "lrq_dit", "vq4dit", "kmeans_vq", "smoothquant", "rtn")
 DTYPES = ("float32", "float16", "bfloat16")
 
 Prompt = Annotated[str, typer.Option("--prompt", help=f'What to show, for the toy model as in "{EXAMPLE}".')]
@@ -72,6 +74,14 @@ Device = Annotated[
 ]
 
 _METHOD = "Method settings"
+Quant = Annotated[
+    str | None,
+    typer.Option(
+        "--quant",
+        help="Quantized linears: a folder that `vdit quantize` wrote, or rtn.",
+        rich_help_panel=_METHOD,
+    ),
+]
 TopP = Annotated[
     float | None,
     typer.Option("--top-p", help="svg2: attention mass to keep in each row, 0 to 1.", rich_help_panel=_METHOD),
@@ -102,6 +112,27 @@ def check_names(names: Iterable[str]) -> list[str]:
         if name not in METHOD_NAMES:
             raise Refusal(f"method: one of {', '.join(METHOD_NAMES)} was expected, got {name!r}")
     return names
+
+
+def check_quant_method(name: str) -> str:
+    """The name of a quantization method, or a Refusal that lists those there are."""
+    if name not in QUANT_METHODS:
+        raise Refusal(f"--method: one of {', '.join(QUANT_METHODS)} was expected, got {name!r}")
+    return name
+
+
+def check_quant(quant: str | None) -> str | None:
+    """What to call quantized linears, None without any; a Refusal for what is no folder of them nor a
+    method."""
+    if quant is None:
+        return None
+    if quant not in QUANT_METHODS and not Path(quant).is_dir():
+        raise Refusal(f"--quant: a folder that `vdit quantize` wrote, or rtn, was expected, got {quant!r}")
+    check_packages(*SAMPLING)
+    from ..compare import quant_label
+
+    with refusing(ValueError, FileNotFoundError):
+        return quant_label(quant)
 
 
 def settings_for(
@@ -234,7 +265,7 @@ def load_sampler(
         raise Refusal(f"--dtype: one of {', '.join(DTYPES)} was expected, got {dtype!r}")
     with reporter.waiting("loading the model"):
         check_packages(*SAMPLING, *(FOLDERS if model is not None else ()), *uses)
-        _hush_libraries()
+        hush_libraries()
         sampler = _load_toy() if model is None else _load_folder(model, dtype, device)
     if fps is not None:
         sampler.fps = fps
@@ -261,7 +292,7 @@ def _load_folder(model: Path, dtype: str | None, device: str | None) -> Sampler:
         return FolderSampler.load(model, dtype=dtype, device=device)
 
 
-def _hush_libraries() -> None:
+def hush_libraries() -> None:
     """Loading advice and bars of diffusers and transformers are for programmers; stderr is the user's."""
     for library in ("diffusers", "transformers"):
         logging = import_module(f"{library}.utils.logging")

@@ -32,7 +32,7 @@ def figures(run: Run, dense: Run | None, model: str) -> str:
     """The line that ``vdit generate`` ends with."""
     if run.density is None:
         kept = "no step was sparse"
-    elif run.method == "dense":
+    elif run.method.partition("+")[0] == "dense":
         kept = "density 1"
     else:
         kept = f"density {run.density:.3f} in sparse steps, {run.density_overall:.3f} overall"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,11 @@ from diffusers.hooks import HookRegistry
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import nn
 
+from ..quant.apply import Applied
+from ..quant.layers import merge_blocks
 from ..sparse.plan import SparseMethod, StepInfo, TokenLayout
+from . import quantize
+from .fused import FusedBlocks
 from .processors import (
     DENSE_CALLS,
     DENSITY_SUM,
@@ -40,12 +45,16 @@ class ModelEntry:
         processor: class of the processor that replaces theirs.
         layout: token layout of a call, from the model and the call's arguments by name.
         token_order: class that lets the model run in another token order, or None.
+        fused: class that runs blocks of quantized linears fused, or None.
+        timestep_rises: whether the model is told how far sampling has come, instead of what is left.
     """
 
     attentions: Callable[[nn.Module], dict[str, nn.Module]]
     processor: type[SparseProcessor]
-    layout: Callable[[nn.Module, dict[str, Any]], TokenLayout]
+    layout: Callable[[nn.Module, dict[str, Any]], TokenLayout | None]
     token_order: type[WanTokenOrder] | None = None
+    fused: type[FusedBlocks] | None = None
+    timestep_rises: bool = False
 
 
 def _wan_attentions(model: nn.Module) -> dict[str, nn.Module]:
@@ -57,9 +66,24 @@ def _wan_layout(model: nn.Module, given: dict[str, Any]) -> TokenLayout:
     return TokenLayout(tuple(size // patch for size, patch in zip(sizes, model.config.patch_size, strict=True)))
 
 
-# Class name in diffusers to how it is accelerated; a new model is a new line.
+def _no_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    return {}
+
+
+def _no_layout(model: nn.Module, given: dict[str, Any]) -> None:
+    return None
+
+
+# Models whose linears are known and whose attention stays upstream's.
+_QUANT_ONLY = ModelEntry(_no_attentions, SparseProcessor, _no_layout)
+_QUANT_ONLY_RISING = dataclasses.replace(_QUANT_ONLY, timestep_rises=True)
+_RISING = ("MochiTransformer3DModel",)  # its pipeline passes 1000 - t
+
+# Class name in diffusers to how its attention is accelerated; a new model is a new line.
 MODELS: dict[str, ModelEntry] = {
-    "WanTransformer3DModel": ModelEntry(_wan_attentions, WanSelfAttentionProcessor, _wan_layout, WanTokenOrder),
+    "WanTransformer3DModel": ModelEntry(
+        _wan_attentions, WanSelfAttentionProcessor, _wan_layout, WanTokenOrder, FusedBlocks
+    ),
 }
 
 
@@ -67,23 +91,32 @@ def accelerate(
     model_or_pipeline: Any,
     *,
     sparse: SparseMethod | None = None,
+    quant: Any = None,
     on_unsupported: str = "error",
     num_inference_steps: int | None = None,
     collect_stats: bool = True,
 ) -> Handle:
-    """Give the self-attention layers of a diffusers transformer to a sparse method, in place and undoably.
+    """Give the self-attention layers of a diffusers transformer to a sparse method and its linears to quantized
+    weights, in place and undoably.
 
-    Cross-attention stays as it is, and so do the weights. In steps that the method calls dense in every layer,
-    the model computes what it did before, bit for bit. Sparse calls norm and rotate q and k in one pass, which
-    rounds once instead of after every operation, unless a norm is not the model's own or has hooks.
+    Cross-attention stays dense. Without ``quant`` the weights stay as they are, and in steps that the method
+    calls dense in every layer, the model computes what it did before, bit for bit. Sparse calls norm and rotate
+    q and k in one pass, which rounds once instead of after every operation, unless a norm is not the model's
+    own or has hooks.
 
     Args:
-        model_or_pipeline: a transformer of a class in :data:`MODELS`, or a pipeline that holds such models
-            as ``transformer`` and ``transformer_2`` (Wan 2.2); both are accelerated, and their steps are
-            counted together. It may be compiled before or after, with
-            ``compile_repeated_blocks(fullgraph=True)``: that makes one graph for dense and one for sparse
-            attention, whatever the number of layers and steps.
+        model_or_pipeline: a transformer of a class in :data:`MODELS`, with ``quant`` alone of any class in
+            :data:`vdit_ext.quant.layers.CLASSES`, or a pipeline that holds such models as ``transformer`` and
+            ``transformer_2`` (Wan 2.2); both are accelerated, and their steps are counted together. It may be
+            compiled before or after, with ``compile_repeated_blocks(fullgraph=True)``: that makes one graph for
+            dense and one for sparse attention, whatever the number of layers and steps.
         sparse: a method of :mod:`vdit_ext.sparse`. None keeps every layer dense and only counts.
+        quant: what the linears become: a folder that ``vdit quantize`` or :func:`vdit_ext.quant.files.save`
+            wrote, a :class:`vdit_ext.quant.QuantizedModel`, a :class:`VditQuantConfig` or the name of a method
+            that needs no calibration, such as "rtn"; for pipelines with two transformers a dict of these by
+            name. Which linears stay in high precision, and why, :meth:`Handle.explain` tells. Where bits differ
+            by parts of the sampling, the steps of the calls decide. A model that was loaded quantized needs no
+            ``quant``.
         on_unsupported: what happens when the kernels cannot serve a layer (head size, dtype, device, mask):
             "error" raises, "dense" runs upstream's attention, "reference" runs the slow definition of the op,
             which a compiled block cannot contain, and which takes no mask.
@@ -101,9 +134,10 @@ def accelerate(
 
     Raises:
         TypeError: no diffusers model or pipeline of a known class.
-        ValueError: already accelerated, an option out of its range, or, where it can be known now, a layer that
-            the kernels do not support. What only a call shows (autocast, a mask, another device, another number
-            of steps) raises there.
+        ValueError, FileNotFoundError: already accelerated, an option out of its range, quantized layers that
+            are not there, damaged or another model's, or, where it can be known now, a layer that the kernels
+            do not support. The model is then as it was. What only a call shows (autocast, a mask, another
+            device, another number of steps) raises there.
     """
     if on_unsupported not in POLICIES:
         raise ValueError(
@@ -123,8 +157,9 @@ def accelerate(
         raise TypeError(
             f"vdit_ext.accelerate: sparse must be a method of vdit_ext.sparse, got {type(sparse).__name__}"
         )
-    found = _transformers(model_or_pipeline, "vdit_ext.accelerate")
+    found = _transformers(model_or_pipeline, "vdit_ext.accelerate", sparse, quant)
     is_pipeline = not isinstance(model_or_pipeline, nn.Module)
+    chosen = {} if quant is None else quantize.for_each(quant, found)
     for model in found.values():
         _check(model, sparse, on_unsupported)
         if sparse is not None and not is_pipeline:
@@ -134,10 +169,33 @@ def accelerate(
             sparse.is_dense(StepInfo(0, num_inference_steps, 1000.0, layers), layers - 1)
     counter = StepCounter(num_inference_steps, model_or_pipeline if is_pipeline else None)
     backend = _AttentionBackendRegistry.get_active_backend()[0]
+    applied = _apply_all(found, chosen, counter)
     attached = [
-        _attach(name, model, sparse, on_unsupported, counter, collect_stats) for name, model in found.items()
+        _attach(name, model, sparse, on_unsupported, counter, collect_stats, applied[name])
+        for name, model in found.items()
     ]
     return Handle(attached, sparse, counter, backend)
+
+
+def _apply_all(
+    found: dict[str, nn.Module], chosen: dict[str, Any], counter: StepCounter
+) -> dict[str, Applied | None]:
+    """Put the quantized layers into all models, or into none when one of them refuses."""
+    done: dict[str, Applied | None] = {}
+    try:
+        for name, model in found.items():
+            done[name] = one = quantize.attach(model, chosen.get(name))
+            if one is not None and one.num_intervals > 1 and not counter.can_know_steps:
+                raise ValueError(
+                    "vdit_ext.accelerate: num_inference_steps must be given for layers whose bits change with "
+                    "the steps, a transformer alone does not tell it"
+                )
+    except BaseException:
+        for one in done.values():
+            if one is not None:
+                one.undo()
+        raise
+    return done
 
 
 def explain(model_or_pipeline: Any) -> Explanation:
@@ -149,16 +207,19 @@ def explain(model_or_pipeline: Any) -> Explanation:
     Raises:
         TypeError: no diffusers model or pipeline of a known class.
     """
-    rows = []
-    for name, model in _transformers(model_or_pipeline, "vdit_ext.explain").items():
+    rows, linears = [], []
+    for name, model in _transformers(model_or_pipeline, "vdit_ext.explain", quant=True).items():
         handle = handle_of(model)
         if handle is not None:
-            rows += [row | {"model": name} for row in handle.explain() if row["model"] == handle.name_of(model)]
+            told, own = handle.explain(), handle.name_of(model)
+            rows += [row | {"model": name} for row in told if row["model"] == own]
+            linears += [row | {"model": name} for row in told.linears if row["model"] == own]
             continue
+        linears += quantize.linear_rows(name, model, None)
         for layer, attn in _attentions(model).items():
             facts = _facts(name, layer, attn)
             rows.append(facts | {"backend": "upstream", "reason": "accelerate() has not been called"})
-    return Explanation(rows)
+    return Explanation(rows, linears)
 
 
 def handle_of(model: nn.Module) -> Handle | None:
@@ -169,9 +230,21 @@ def handle_of(model: nn.Module) -> Handle | None:
 
 
 class Explanation(list):
-    """A list of dicts, one an attention layer, that prints as a table with like neighbours in one row."""
+    """A list of dicts, one an attention layer, that prints as a table with like neighbours in one row.
+
+    Attributes:
+        linears: a list of dicts, one a linear, of a model that has quantized ones, else empty; a second table.
+            Keys: ``model``, ``layer``, ``format``, ``bits`` and ``transform`` of weight and input,
+            ``activations``, ``path`` of the product, and ``reason``, which says of the others why they stay in
+            high precision.
+    """
 
     COLUMNS = ("model", "layer", "method", "dense_steps", "backend", "dtype", "heads", "head_dim", "reason")
+    LINEAR_COLUMNS = ("layer", "model", "format", "bits", "activations", "transform", "path", "reason")
+
+    def __init__(self, rows: Iterable[dict[str, Any]] = (), linears: Iterable[dict[str, Any]] = ()):
+        super().__init__(rows)
+        self.linears = list(linears)
 
     def __str__(self) -> str:
         lines = [self.COLUMNS]
@@ -179,11 +252,19 @@ class Explanation(list):
             rows = list(group)
             layer = rows[0]["layer"] if len(rows) == 1 else f"{rows[0]['layer']} .. {rows[-1]['layer']}"
             lines.append(tuple(str((rows[0] | {"layer": layer})[column]) for column in self.COLUMNS))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.COLUMNS))]
-        table = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
-        return "\n".join(line.rstrip() for line in table)
+        tables = [_aligned(lines)] if self or not self.linears else []
+        if self.linears:
+            cells = [tuple(str(row[column]) for column in self.LINEAR_COLUMNS) for row in self.linears]
+            tables.append(_aligned([self.LINEAR_COLUMNS, *merge_blocks(cells)]))
+        return "\n\n".join(tables)
 
     __repr__ = __str__
+
+
+def _aligned(lines: list[tuple[str, ...]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    table = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(line.rstrip() for line in table)
 
 
 def _all_but_layer(row: dict[str, Any]) -> tuple:
@@ -204,6 +285,8 @@ class _Attached:
     had_registry: bool
     forward_before: Any
     forward_after: Any
+    applied: Applied | None
+    fused: FusedBlocks | None
 
 
 class Handle:
@@ -240,8 +323,8 @@ class Handle:
                     layer.dense_beside_sparse = 0
 
     def undo(self) -> None:
-        """Put back the processors, hooks and attention backends, the global one included, as they were before
-        :func:`accelerate`. A second call does nothing."""
+        """Put back the linears, processors, hooks and attention backends, the global one included, as they were
+        before :func:`accelerate`. A second call does nothing."""
         if self._undone:
             return
         self._undone = True
@@ -254,20 +337,30 @@ class Handle:
                 one.hook.token_order.remove()
             _remove_root_hook(one)
             one.hook.handle = None
+            if one.fused is not None:
+                one.fused.undo()
+            if one.applied is not None:
+                one.applied.undo()
         _AttentionBackendRegistry.set_active_backend(self._backend)
 
     def explain(self) -> Explanation:
-        """What runs in each self-attention layer and why.
+        """What runs in each self-attention layer, and in each linear of a quantized model, and why.
 
         Returns:
-            A list that prints as a table, of dicts with: ``model``, ``layer``, ``method``; ``dense_steps``, the
-            step numbers that are dense, as far as known before they run; ``backend`` of the other steps: "cpu"
-            or "sm80" kernels (those of the latest sparse call, before one those of the device that holds the
-            weights), "naive" definition, or "upstream" attention; ``dtype``, ``heads``, ``head_dim``;
-            ``reason``, a sentence; and ``ran_dense``, ``ran_sparse``, lists of the steps of the latest video
-            that ran so, those that ``on_unsupported="dense"`` made dense among the former.
+            An :class:`Explanation`, a list that prints as a table, of dicts with: ``model``, ``layer``,
+            ``method``; ``dense_steps``, the step numbers that are dense, as far as known before they run;
+            ``backend`` of the other steps: "cpu" or "sm80" kernels (those of the latest sparse call, before one
+            those of the device that holds the weights), "naive" definition, or "upstream" attention; ``dtype``,
+            ``heads``, ``head_dim``; ``reason``, a sentence; and ``ran_dense``, ``ran_sparse``, lists of the
+            steps of the latest video that ran so, those that ``on_unsupported="dense"`` made dense among the
+            former.
         """
-        return Explanation(self._row(one, i) for one in self._attached for i in range(len(one.layers)))
+        rows = [self._row(one, i) for one in self._attached for i in range(len(one.layers))]
+        linears = [
+            quantize.linear_rows(one.name, one.model, one.applied, one.fused.running() if one.fused else ())
+            for one in self._attached
+        ]
+        return Explanation(rows, itertools.chain(*linears))
 
     def _row(self, one: _Attached, index: int) -> dict[str, Any]:
         layer = one.layers[index]
@@ -348,15 +441,19 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)  # torch.compile(model) wraps it
 
 
-def _entry(model: nn.Module) -> ModelEntry | None:
-    return next((MODELS[c.__name__] for c in type(model).__mro__ if c.__name__ in MODELS), None)
+def _entry(model: nn.Module) -> ModelEntry:
+    names = [c.__name__ for c in type(model).__mro__]
+    quant_only = _QUANT_ONLY_RISING if any(name in _RISING for name in names) else _QUANT_ONLY
+    return next((MODELS[name] for name in names if name in MODELS), quant_only)
 
 
 def _attentions(model: nn.Module) -> dict[str, nn.Module]:
     return _entry(model).attentions(model)
 
 
-def _transformers(model_or_pipeline: Any, who: str) -> dict[str, nn.Module]:
+def _transformers(
+    model_or_pipeline: Any, who: str, sparse: SparseMethod | None = None, quant: Any = None
+) -> dict[str, nn.Module]:
     """The transformers of a pipeline by name, or a model alone; raises TypeError for anything else."""
     if isinstance(model_or_pipeline, nn.Module):
         found = {"transformer": _unwrap(model_or_pipeline)}
@@ -369,10 +466,14 @@ def _transformers(model_or_pipeline: Any, who: str) -> dict[str, nn.Module]:
             f"{type(model_or_pipeline).__name__}"
         )
     for model in found.values():
-        if _entry(model) is None:
-            raise TypeError(
-                f"{who}: the model's class must be one of {', '.join(MODELS)}, got {type(model).__name__}"
-            )
+        if any(c.__name__ in MODELS for c in type(model).__mro__):
+            continue
+        if sparse is None and quantize.is_known(model, quant):
+            continue
+        names = ", ".join(MODELS) if quant is None else quantize.known_classes()
+        where = " for sparse attention" if sparse is not None and quant is not None else ""
+        names = ", ".join(MODELS) if sparse is not None else names
+        raise TypeError(f"{who}: the model's class must be one of {names}{where}, got {type(model).__name__}")
     return found
 
 
@@ -393,7 +494,11 @@ def _check(model: nn.Module, method: SparseMethod | None, on_unsupported: str) -
 
 
 def _weight(attn: nn.Module) -> torch.Tensor:
-    return attn.to_out[0].weight
+    """A tensor of an attention module that has the dtype and device it computes on."""
+    linear = attn.to_out[0]
+    linear = getattr(linear, "base_layer", linear)
+    # A quantized linear has no weight in that dtype.
+    return attn.norm_q.weight if linear.weight is None else linear.weight
 
 
 def _layer_gap(attn: nn.Module, device: torch.device) -> str | None:
@@ -469,6 +574,7 @@ def _attach(
     on_unsupported: str,
     counter: StepCounter,
     collect_stats: bool,
+    applied: Applied | None,
 ) -> _Attached:
     entry = _entry(model)
     layers, processors = [], []
@@ -485,6 +591,9 @@ def _attach(
         layers.append(Layer(where, attn, processor))
     token_order = entry.token_order(model) if entry.token_order is not None and method is not None else None
     hook = RootHook(layers, method, counter, entry.layout, token_order, collect_stats)
+    hook.timestep_rises = entry.timestep_rises
+    hook.applied = applied
+    hook.fused = entry.fused(model) if applied is not None and entry.fused is not None else None
     had_registry = hasattr(model, "_diffusers_hook")
     forward_before = model.__dict__.get("forward")
     HookRegistry.check_if_exists_or_initialize(model).register_hook(hook, HOOK_NAME)
@@ -499,6 +608,8 @@ def _attach(
         had_registry,
         forward_before,
         model.__dict__.get("forward"),
+        applied,
+        hook.fused,
     )
 
 

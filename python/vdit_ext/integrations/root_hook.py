@@ -13,7 +13,9 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import HookRegistry, StateManager
 from torch import Tensor, nn
 
+from ..quant.apply import Applied
 from ..sparse.plan import SparseMethod, StepInfo, TokenLayout, begin_step
+from .fused import FusedBlocks
 from .processors import SparseProcessor, device_gap
 
 HOOK_NAME = "vdit_ext"
@@ -41,6 +43,11 @@ class StepCounter:
         self.step = -1
         self.timestep = math.nan
         self.ended = True
+
+    @property
+    def can_know_steps(self) -> bool:
+        """Whether the number of steps was given, or a pipeline will tell it."""
+        return self._asked is not None or self._pipeline is not None
 
     def reset(self) -> None:
         """Treat the next call as the first of a new video."""
@@ -213,6 +220,9 @@ class RootHook(ModelHook):
         self.token_order = token_order
         self.collect_stats = collect_stats
         self.hoist = True  # tests switch it off to compare
+        self.timestep_rises = False
+        self.applied: Applied | None = None  # the quantized linears, whose bits follow the steps
+        self.fused: FusedBlocks | None = None
         self.context = _ContextName()
         self._states: list[Any] = []
         self._shape: Any = None
@@ -228,7 +238,10 @@ class RootHook(ModelHook):
         hidden = given["hidden_states"]
         layout = self.layout_of(module, given)
         self._refuse_parallel()
-        info = self._advance(module, given["timestep"])
+        info = self._advance(module, given.get("timestep"))
+        self._set_precision(info)
+        if self.fused is not None:
+            self.fused.check()
         dense = [True] * len(self.layers)
         states = [None] * len(self.layers)
         if self.method is not None and hidden.shape[0] > 0:
@@ -261,9 +274,22 @@ class RootHook(ModelHook):
 
     # -- steps and branches -------------------------------------------------------------------------------
 
-    def _advance(self, module: nn.Module, timestep: Tensor) -> StepInfo:
+    def _set_precision(self, info: StepInfo) -> None:
+        """Give the quantized linears the bits of this step."""
+        if self.applied is None or self.applied.num_intervals == 1:
+            return
+        if info.num_steps is None:
+            raise ValueError(
+                "vdit_ext.accelerate: num_inference_steps must be given for layers whose bits change with the "
+                "steps, the pipeline's scheduler does not tell it"
+            )
+        # More steps than were announced keep the bits of the last ones.
+        self.applied.set_step(min(info.step, info.num_steps - 1), info.num_steps)
+
+    def _advance(self, module: nn.Module, timestep: Tensor | None) -> StepInfo:
         """Count the call; returns where it stands."""
-        value = float(timestep.max()) if timestep.numel() > 0 else math.nan
+        value = float(timestep.max()) if timestep is not None and timestep.numel() > 0 else math.nan
+        value = -value if self.timestep_rises else value
         counter = self.counter
         counter.advance(value)
         at = (counter.video, counter.step)

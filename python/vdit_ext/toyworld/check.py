@@ -249,10 +249,10 @@ def main(
         print(f"{done}/{total} {case['prompt']}: {verdict}", flush=True)
 
     if record is not None:
-        _check_output("--record", record)
+        check_output("--record", record)
     if picture is not None:
-        _check_output("--picture", picture)
-        image = _pillow(picture)
+        check_output("--picture", picture)
+        image = pillow(picture)
     folder = weights or WEIGHTS
     result, clips = evaluate(load_pipeline(folder=folder), prompts, seed, say, **sampling)
     result["weights_sha256"] = read_card(folder)["sha256"]
@@ -265,7 +265,7 @@ def main(
         image.fromarray(clip_grid(clips)).save(picture)
 
 
-def _check_output(option: str, path: Path) -> None:
+def check_output(option: str, path: Path) -> None:
     """End with exit code 2 and one sentence where a file cannot be written; called before any sampling."""
     try:
         with tempfile.TemporaryFile(dir=path.parent):
@@ -276,7 +276,7 @@ def _check_output(option: str, path: Path) -> None:
         _refuse(f"{option}: a file that can be written was expected, got {str(path)!r}; choose another path.")
 
 
-def _pillow(picture: Path):
+def pillow(picture: Path):
     """Pillow's Image module; ends with exit code 2 and one sentence for another suffix or without Pillow."""
     if picture.suffix.lower() != ".png":
         _refuse(f"--picture: a file name ending in .png was expected, got {str(picture)!r}.")

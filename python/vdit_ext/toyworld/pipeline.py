@@ -21,6 +21,8 @@ FLOW_SHIFT = 12.0  # as in training: scenes are decided at high noise, where mos
 # Below this noise level the scene is decided; leaning on the prompt there only draws halos.
 GUIDED_ABOVE = 0.95
 
+_WHAT = "toy text-to-video model of vdit_ext, trained on its own rendered clips"
+
 _CARD = {
     "config": dict,
     "settings": dict,
@@ -126,14 +128,9 @@ def load_pipeline(dtype: torch.dtype = torch.float32, folder: Path = WEIGHTS, na
     Raises ValueError with one sentence when the weights are missing, damaged or of another model.
     """
     card = read_card(folder, name)
-    path = Path(folder) / f"{name}.safetensors"
-    data = _read(path)
-    came = hashlib.sha256(data).hexdigest()
-    if came != card["sha256"]:
-        wanted = f"sha256 {card['sha256'][:12]}... as in {name}.json"
-        raise ValueError(f"{path.name}: expected {wanted}, got {came[:12]}...; install the package again")
+    data = read_whole(Path(folder), name, card)
     transformer = model.build(card["config"])
-    _fill(transformer, load(data), path.name)
+    fill_parameters(transformer, load(data), f"{name}.safetensors")
     _convert(transformer, dtype)
     return ToyPipeline(transformer.eval().requires_grad_(False))
 
@@ -168,7 +165,19 @@ def _read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _fill(transformer, tensors: dict[str, torch.Tensor], name: str) -> None:
+def read_whole(folder: Path, name: str, card: dict) -> bytes:
+    """The bytes of a weights file that its card knows. Raises ValueError for other ones."""
+    path = folder / f"{name}.safetensors"
+    data = _read(path)
+    came = hashlib.sha256(data).hexdigest()
+    if came != card["sha256"]:
+        wanted = f"sha256 {card['sha256'][:12]}... as in {name}.json"
+        raise ValueError(f"{path.name}: expected {wanted}, got {came[:12]}...; install the package again")
+    return data
+
+
+def fill_parameters(transformer, tensors: dict[str, torch.Tensor], name: str) -> None:
+    """Copy tensors into all parameters. Raises ValueError when names or shapes of the file `name` differ."""
     wanted = dict(transformer.named_parameters())
     for key in [*wanted, *tensors]:
         if key not in wanted or key not in tensors or wanted[key].shape != tensors[key].shape:
@@ -188,7 +197,7 @@ def _convert(transformer, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def export_run(run, folder: Path, name: str = NAME) -> None:
+def export_run(run, folder: Path, name: str = NAME, *, what: str = _WHAT, module: str = "train") -> None:
     """Write a training run's averaged weights (float16), its card and its loss curve into a folder.
 
     Each file appears whole or not at all. A run that began from other weights carries on their loss curve, and
@@ -209,10 +218,10 @@ def export_run(run, folder: Path, name: str = NAME) -> None:
         later = [[step + steps, round(second + seconds, 1), loss] for step, second, loss in curve]
         curve = read_curve(Path(start) / f"{name}_loss.csv") + later
     card = {
-        "what": "toy text-to-video model of vdit_ext, trained on its own rendered clips",
+        "what": what,
         "config": config,
         "settings": settings,
-        "command": _command(run.settings),
+        "command": _command(run.settings, module),
         "world_version": scene.WORLD_VERSION,
         "steps": run.step + (earlier["steps"] if earlier else 0),
         "active_seconds": round(run.active_seconds) + (earlier["active_seconds"] if earlier else 0),
@@ -226,9 +235,8 @@ def export_run(run, folder: Path, name: str = NAME) -> None:
     write_whole(folder / f"{name}.json", lambda path: path.write_text(json.dumps(card, indent=2) + "\n"))
 
 
-def _command(settings) -> str:
+def _command(settings, module: str) -> str:
     budget = f"--steps {settings.steps}" if settings.steps else f"--minutes {settings.minutes:g}"
     start = " --start WEIGHTS_BEFORE" if settings.start else ""
-    return (
-        f"python -m vdit_ext.toyworld.train --out RUN {budget} --seed {settings.seed}{start} --export WEIGHTS"
-    )
+    said = f"python -m vdit_ext.toyworld.{module} --out RUN {budget} --seed {settings.seed}{start}"
+    return f"{said} --export WEIGHTS"

@@ -7,6 +7,7 @@ latent frames, each at its true place in time; the last part sees whole clips.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -94,10 +95,11 @@ ALONE = Team()
 class Run:
     """Model, averaged copy, optimizers and progress of one training; `save` and `load` keep all of it."""
 
-    def __init__(self, settings: Settings, device: str = "cpu"):
+    def __init__(self, settings: Settings, device: str = "cpu", first_weights: Callable | None = None):
+        """first_weights(settings) makes the model; the text-to-video model when None."""
         torch.manual_seed(settings.seed)
         self.settings, self.device = settings, torch.device(device)
-        self.model = _first_weights(settings).to(self.device)
+        self.model = (first_weights or _first_weights)(settings).to(self.device)
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         matrices, others = _split_parameters(self.model)
         self.optimizers = [
@@ -163,10 +165,10 @@ def _first_weights(settings: Settings):
 
 
 def _split_parameters(net) -> tuple[list, list]:
-    """Matrices inside the network learn by orthogonalised steps; the ends, tables and biases by AdamW."""
+    """Matrices inside the network learn by orthogonalised steps; its ends, modulation and biases by AdamW."""
     matrices, others = [], []
     for name, parameter in net.named_parameters():
-        inner = name.startswith("blocks.") and parameter.ndim == 2
+        inner = "blocks." in name and "norm" not in name and parameter.ndim == 2
         (matrices if inner else others).append(parameter)
     return matrices, others
 
@@ -208,13 +210,14 @@ def loss_of(net, batch, settings: Settings, run_block=None) -> torch.Tensor:
     wide = level.view(-1, 1, 1, 1, 1)
     noisy = (1 - wide) * latents + wide * noise
     # bfloat16 products halve a step on CPUs that have them; parameters and tokens stay float32.
-    with _autocast(latents.device):
+    with autocast(latents.device):
         clean = model.forward_frames(net, noisy, places, level * 1000, prompt, run_block)
     error = (clean.float() - latents).pow(2).mean((1, 2, 3, 4))
     return (error / level.clamp_min(settings.smallest_noise).pow(2)).mean()
 
 
-def _autocast(device):
+def autocast(device):
+    """bfloat16 products where the device has them."""
     if device.type == "cpu" and not torch.backends.mkldnn.is_available():
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
@@ -226,7 +229,12 @@ def train_step(run: Run, run_block=None, team: Team = ALONE) -> float:
     stage = next(stage for end, *stage in settings.stages if run.progress < end or end == 1.0)
     whole = make_batch(settings, run.step, *stage)
     batch = [part[team.rank :: team.size].to(run.device) for part in whole]
-    loss = loss_of(run.model, batch, settings, run_block)
+    return update(run, loss_of(run.model, batch, settings, run_block), team)
+
+
+def update(run: Run, loss: torch.Tensor, team: Team = ALONE) -> float:
+    """One step of the optimizers along the loss; returns the team's mean loss."""
+    settings = run.settings
     loss.backward()
     loss = team.average(list(run.model.parameters()), loss)
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
@@ -255,13 +263,24 @@ def _follow(run: Run) -> None:
     torch._foreach_lerp_([run.average[n] for n in names], list(values), 1 - keep)
 
 
-def train(run: Run, out: Path, *, compiled: bool = True, save_every: float = 120.0, team: Team = ALONE) -> None:
+def train(
+    run: Run,
+    out: Path,
+    *,
+    compiled: bool = True,
+    save_every: float = 120.0,
+    team: Team = ALONE,
+    step: Callable[[Run, Team], float] | None = None,
+) -> None:
     """Train to the end of the budget; the first member writes checkpoint.pt and loss.csv into `out`.
 
     SIGTERM saves and returns. A step's time counts for at most three usual steps, so that a
     process stopped for a while does not lose its budget.
+    step(run, team) makes one update and returns the loss; the text-to-video model's when None.
     """
-    run_block = torch.compile(model.block_forward, dynamic=False) if compiled else None
+    if step is None:
+        run_block = torch.compile(model.block_forward, dynamic=False) if compiled else None
+        step = functools.partial(_step_with, run_block)
     stop, usual, saved, losses = [], [], time.monotonic(), []
     before = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     with _bar() as bar:
@@ -269,7 +288,7 @@ def train(run: Run, out: Path, *, compiled: bool = True, save_every: float = 120
         stopped = 0.0
         while run.progress < 1.0 and not stopped:
             began = time.monotonic()
-            losses.append(train_step(run, run_block, team))
+            losses.append(step(run, team))
             usual = [*usual[-49:], time.monotonic() - began]
             active = run.active_seconds + min(usual[-1], 3 * statistics.median(usual))
             run.active_seconds, stopped = team.agree(active, len(stop))
@@ -283,6 +302,10 @@ def train(run: Run, out: Path, *, compiled: bool = True, save_every: float = 120
     if team.rank == 0:
         _record(run, out)
     signal.signal(signal.SIGTERM, before)
+
+
+def _step_with(run_block, run: Run, team: Team) -> float:
+    return train_step(run, run_block, team)
 
 
 def _record(run: Run, out: Path) -> None:
@@ -345,6 +368,23 @@ def launch(settings: Settings, out: Path, *, resume=False, device="cpu", compile
     return run
 
 
+def chosen_device(name: str) -> str:
+    """cpu or cuda for `auto`, the name itself otherwise."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def check_folders(out: Path, resume: bool, export: Path | None) -> None:
+    """End with exit code 2 and one sentence where training would overwrite a run or could not write."""
+    if (out / "checkpoint.pt").exists() and not resume:
+        _refuse(
+            f"--out: a folder without checkpoint.pt was expected, {out} has one; add --resume or take another"
+        )
+    if export is not None and export.exists() and not (export.is_dir() and os.access(export, os.W_OK)):
+        _refuse(f"--export: a folder that can be written was expected, got {export}; choose another one")
+
+
 def _refuse(sentence: str):
     typer.echo(sentence, err=True)
     raise typer.Exit(2)
@@ -367,14 +407,8 @@ def main(
     compiled: bool = typer.Option(True, help="Compile the transformer blocks."),
 ):
     """Train the toy text-to-video model."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if (out / "checkpoint.pt").exists() and not resume:
-        _refuse(
-            f"--out: a folder without checkpoint.pt was expected, {out} has one; add --resume or take another"
-        )
-    if export is not None and export.exists() and not (export.is_dir() and os.access(export, os.W_OK)):
-        _refuse(f"--export: a folder that can be written was expected, got {export}; choose another one")
+    device = chosen_device(device)
+    check_folders(out, resume, export)
     settings = Settings(seed=seed, minutes=minutes, steps=steps, start=start)
     if start:
         settings = dataclasses.replace(settings, stages=LATER_STAGES, flat_share=0.4)

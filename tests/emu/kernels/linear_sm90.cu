@@ -171,35 +171,73 @@ void test_extremes() {
   }
 }
 
-// Scales, zero points, bias, gate and residual, in fp32 and in the types with rows of two bytes.
-void test_epilogue() {
-  Shape const s{150, 72, 96};
-  for (Format format : {Format::kInt8, Format::kNibblePlanes}) {
-    Problem problem(format, 0, s);
-    std::vector<float> x_scale, scale, zero, bias, gate, residual, out(size_t(s.m * s.n), NAN);
-    std::vector<int32_t> x_sum;
+// All that an epilogue reads, in numbers that two-byte types hold.
+struct EpilogueInputs {
+  static constexpr int64_t kBatch = 50;  // rows; three batches
+  std::vector<float> x_scale, scale, zero, bias, gate, residual;
+  std::vector<int32_t> x_sum;
+
+  explicit EpilogueInputs(Shape const& s) {
     std::mt19937 random(5);
     auto const fill = [&](std::vector<float>& v, int64_t size) {
-      for (int64_t i = 0; i < size; ++i) v.push_back(static_cast<float>(random() % 1000) / 512.f - 1.f);
+      for (int64_t i = 0; i < size; ++i) v.push_back(static_cast<float>(random() % 128) / 64.f - 1.f);
     };
-    fill(x_scale, s.m), fill(scale, s.n), fill(zero, s.n), fill(bias, s.n), fill(gate, 3 * s.n);
-    fill(residual, s.m * s.n);
+    fill(x_scale, s.m), fill(scale, s.n), fill(zero, s.n), fill(bias, s.n);
+    for (auto& v : x_scale) v /= 1024.f;  // fp16 holds the results
+    fill(gate, s.m / kBatch * s.n), fill(residual, s.m * s.n);
     for (int64_t i = 0; i < s.m; ++i) x_sum.push_back(static_cast<int32_t>(i) - 20);
-    LinearEpilogue& e = problem.p.epilogue;
-    e.x_scale = x_scale.data(), e.x_sum = x_sum.data();
-    e.weight_scale = scale.data(), e.weight_zero = zero.data(), e.bias = bias.data();
-    e.gate = gate.data(), e.stride_gate = {s.n, 0}, e.rows_per_batch = 50;  // three batches
-    e.residual = residual.data(), e.stride_residual = {50 * s.n, s.n};
-    e.out = out.data(), e.out_dtype = DType::kFloat32;
-    run_tile(problem.p, true);
-    for (int64_t i = 0; i < s.m * s.n; ++i) {
-      int64_t const row = i / s.n, column = i % s.n;
+  }
+};
+
+template <class T>
+std::vector<T> as_type(std::vector<float> const& v) {
+  std::vector<T> out;
+  for (float x : v) out.push_back(T(x));
+  return out;
+}
+
+template <class T>
+std::vector<T> run_epilogue(Problem& problem, EpilogueInputs const& in, DType dtype) {
+  LinearParams& p = problem.p;
+  auto const gate = as_type<T>(in.gate), residual = as_type<T>(in.residual);
+  std::vector<T> out(size_t(p.m * p.n), T(NAN));
+  LinearEpilogue& e = p.epilogue;
+  e.x_scale = in.x_scale.data(), e.x_sum = in.x_sum.data();
+  e.weight_scale = in.scale.data(), e.weight_zero = in.zero.data(), e.bias = in.bias.data();
+  e.gate = gate.data(), e.stride_gate = {p.n, 0}, e.gate_dtype = dtype;
+  e.residual = residual.data(), e.stride_residual = {in.kBatch * p.n, p.n};
+  e.rows_per_batch = in.kBatch;
+  e.out = out.data(), e.out_dtype = dtype;
+  run_tile(p, true);
+  return out;
+}
+
+template <class T>
+void expect_rounded(Problem& problem, EpilogueInputs const& in, DType dtype,
+                    std::vector<float> const& exact) {
+  auto const out = run_epilogue<T>(problem, in, dtype);
+  for (size_t i = 0; i < out.size(); ++i) {
+    EXPECT(static_cast<float>(out[i]) == static_cast<float>(T(exact[i])));
+  }
+}
+
+// Scales, zero points, bias, gate and residual, in fp32, which the types of two bytes round.
+void test_epilogue() {
+  Shape const s{150, 72, 96};
+  EpilogueInputs const in(s);
+  for (Format format : {Format::kInt8, Format::kNibblePlanes}) {
+    Problem problem(format, 0, s);
+    auto const out = run_epilogue<float>(problem, in, DType::kFloat32);
+    for (size_t i = 0; i < out.size(); ++i) {
+      size_t const row = i / size_t(s.n), column = i % size_t(s.n);
       double const sum =
-          static_cast<double>(problem.sums[size_t(i)]) + double(zero[size_t(column)]) * x_sum[size_t(row)];
-      double y = sum * x_scale[size_t(row)] * scale[size_t(column)] + bias[size_t(column)];
-      y = y * gate[size_t(row / 50 * s.n + column)] + residual[size_t(i)];
-      EXPECT(std::fabs(out[size_t(i)] - y) <= 1e-5 * std::fabs(y) + 0.05);
+          static_cast<double>(problem.sums[i]) + double(in.zero[column]) * static_cast<double>(in.x_sum[row]);
+      double y = sum * in.x_scale[row] * in.scale[column] + in.bias[column];
+      y = y * in.gate[row / size_t(in.kBatch) * size_t(s.n) + column] + in.residual[i];
+      EXPECT(std::fabs(out[i] - y) <= 1e-5 * std::fabs(y) + 1e-3);
     }
+    expect_rounded<cute::half_t>(problem, in, DType::kFloat16, out);
+    expect_rounded<cute::bfloat16_t>(problem, in, DType::kBFloat16, out);
   }
 }
 
