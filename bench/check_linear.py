@@ -156,7 +156,8 @@ def check_size(backend: Backend, m: int, k: int, n: int, format: str) -> None:
     x = torch.randint(-127, 128, (m, k), generator=gen, device=backend.device, dtype=torch.int8)
     drawn = cases.make_weight_codes(cases.LinearCase("w", (m,), k, n), format, generator(0))
     weights = [t.to(backend.device) for t in drawn]
-    ones, rows, sums = (torch.ones(c, device=backend.device) for c in (n, m, m))
+    ones, rows = (torch.ones(c, device=backend.device) for c in (n, m))
+    sums = x.sum(-1, dtype=torch.int32)
     some = torch.unique(torch.tensor([0, m // 3, m // 2, max(0, m - 130), m - 1])).to(backend.device)
     values = weight_values(backend, weights, format, n, k)
     expected = (x[some].double() @ values.double().T).to(torch.int32)
@@ -166,7 +167,7 @@ def check_size(backend: Backend, m: int, k: int, n: int, format: str) -> None:
             out = backend.ops.w8a8_linear(x, rows, weights[0], ones, **kwargs)
         elif format in ("int4", "nibble_planes"):
             low = {"weight_low": weights[1]} if format == "nibble_planes" else {}
-            out = backend.ops.w4a8_linear(x, rows, sums.int(), weights[0], ones, ones, **low, **kwargs)
+            out = backend.ops.w4a8_linear(x, rows, sums, weights[0], ones, ones, **low, **kwargs)
         else:
             out = backend.ops.log4a8_linear(x, rows, weights[0], weights[1], ones, **kwargs)
         same(out[some], expected, f"sums of sampled rows, path {path}")
