@@ -82,13 +82,7 @@ def test_mask_and_rotation_beat_rounding_in_most_layers(toy):
     for info in linear_layers(model):
         linear, rows = model.get_submodule(info.name), found[info.name].rows[:128]
         exact = linear(rows)
-<<<<<<< HEAD
-        gains.append(
-            snr(QuantLinear(both[info.name])(rows), exact) - snr(QuantLinear(plain[info.name])(rows), exact)
-        )
-=======
         ours, theirs = (snr(QuantLinear(some[info.name])(rows), exact) for some in (both, plain))
         gains.append(ours - theirs)
->>>>>>> h-vidit-q
     gains = torch.tensor(gains)
     assert gains.median() > 0.5 and (gains > 0).float().mean() > 0.8
