@@ -64,6 +64,11 @@ class InputTransform:
         """Whether ``quantize_rows`` does all of it."""
         return self.rotation is None and self.clip == 1 and self.hadamard in (0, *FUSED_HADAMARD)
 
+    @property
+    def changes_rows(self) -> bool:
+        """Whether :meth:`rows` does anything."""
+        return self.channel_scale is not None or self.rotation is not None or self.hadamard != 0
+
     def rows(self, x: Tensor) -> Tensor:
         """The transformed input before rounding: ``[..., C]`` to fp32 ``[..., C]``."""
         x = x.to(torch.float32)
