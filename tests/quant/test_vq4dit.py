@@ -19,6 +19,7 @@ from vdit_ext.quant import (
     vq4dit,
     vq_training,
 )
+from vdit_ext.quant import kmeans_vq as kmeans
 from vdit_ext.quant.accounting import MIB, LinearSize, dit_linears, vq_size
 from vdit_ext.quant.block_calls import Strata, record_calls
 from vdit_ext.quant.kmeans_vq import (
@@ -142,6 +143,15 @@ def test_a_weight_of_zeros_is_kept():
 
 def test_kmeans_stops_once_nothing_moves():
     assert len(kmeans_vq(gaussian(8, 4), 8, iterations=100).errors) == 2
+
+
+def test_many_words_are_seeded_from_some_of_them(monkeypatch):
+    words = gaussian(6000, 4)
+    every = kmeans_vq(words, 64, iterations=20)
+    monkeypatch.setattr(kmeans, "SEED_WORDS", 1000)
+    some, again = (kmeans_vq(words, 64, iterations=20) for _ in range(2))
+    assert torch.equal(some.codebook, again.codebook) and not torch.equal(some.codebook, every.codebook)
+    assert some.errors[-1] < 1.03 * every.errors[-1]
 
 
 def test_small_layers_get_fewer_codewords():

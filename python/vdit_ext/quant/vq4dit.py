@@ -210,7 +210,7 @@ class _Job:
         own = self.linear(name).bias
         bias = own if bias is None else bias
         return vq_checkpoint.Coded(
-            soft.chosen().reshape(soft.shape[0], -1).cpu(),
+            soft.chosen().reshape(soft.shape[0], -1).to("cpu", torch.uint8),
             soft.codebook.detach().cpu().clone(),
             None if bias is None else bias.detach().to(torch.float32).cpu().clone(),
             None if soft.row_scale is None else soft.row_scale.cpu(),
@@ -402,7 +402,7 @@ def _quant_layer(coded: vq_checkpoint.Coded, form: VQFormat, settings: Settings)
     codebook = torch.zeros(CODEWORDS[form.dim], form.dim)  # no index names what is left zero
     codebook[: len(coded.codebook)] = coded.codebook
     weight = VQWeight(
-        ops.pack_vq(coded.indices.to(torch.uint8), form.dim),
+        ops.pack_vq(coded.indices, form.dim),
         codebook if settings.codebook_dtype != "float16" else codebook.to(torch.float16),
         form.bits,
         rows,

@@ -46,7 +46,8 @@ class Settings:
         modulation: also the modulation linears inside of blocks (adaLN); None: for DiTTransformer2DModel, where
             the paper does so, and for no other.
         codebook_dtype: "float16", "float32", or "int8", which multiplies 8-bit activations.
-        blocks_at_once: blocks whose calls are kept at a time; each group needs a run of the sampler; 0: all.
+        blocks_at_once: blocks whose calls are kept at a time, inputs and outputs on the CPU; each group needs
+            all runs of the sampler. 0: all, which for large video models is more than a machine holds.
     """
 
     candidates: int = 2
@@ -278,15 +279,14 @@ def _draw(calls: list[Call], generator: torch.Generator) -> Call:
 
 
 def _state(student: Student) -> list[Tensor]:
-    """What calibration changes, copied; logits stand for the choices."""
-    tensors = [soft.logits for soft in student.soft.values()] + student.codebooks()
-    return [tensor.detach().clone() for tensor in [*tensors, *student.biases.values()]]
+    """Codebooks and biases, copied; k-means' choices are the first candidates and need no copy."""
+    return [tensor.detach().clone() for tensor in [*student.codebooks(), *student.biases.values()]]
 
 
 @torch.no_grad()
 def _restore(student: Student, state: list[Tensor]) -> None:
-    tensors = [soft.logits for soft in student.soft.values()] + student.codebooks()
-    for tensor, before in zip([*tensors, *student.biases.values()], state, strict=True):
+    """Plain k-means again."""
+    for tensor, before in zip([*student.codebooks(), *student.biases.values()], state, strict=True):
         tensor.copy_(before)
     for soft in student.soft.values():
         soft.logits.zero_()
