@@ -402,13 +402,14 @@ def test_bad_settings(model, layers, calibration, settings, message):
         lrq_dit.quantize(model, calibration, layers=layers, **settings)
 
 
-def test_bad_weights_are_named():
+@pytest.mark.parametrize("routing", ["hadamard", "measured"])
+def test_bad_weights_are_named(routing):
     model = small_model()
     found = list(linear_layers(model, layers=r"\d"))
     statistics = calibrate(model, lambda: model(inputs()), layers=found)
     model[3].weight[5, 6] = float("nan")
     with pytest.raises(ValueError, match="^3: the weight must be finite"):
-        lrq_dit.quantize(model, statistics, layers=found, routing="hadamard")
+        lrq_dit.quantize(model, statistics, layers=found, routing=routing)
 
 
 def test_uncalibrated_layers_are_named(model, layers, calibration):

@@ -198,6 +198,18 @@ def test_high_plane_alone_is_within_8_255ths_of_the_range():
     assert_close(layer(x), exact.float(), what="product with the high plane")
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rows_of_zeros_stay_so_in_planes_at_either_precision(symmetric):
+    values = normal(40, 64, seed=12)
+    values[[3, 39]] = 0
+    weight = to_planes(round_weight(values, 8, symmetric=symmetric))
+    for bits in (8, 4):
+        assert not weight.dequantize(bits)[[3, 39]].any() and weight.dequantize(bits)[4].any()
+        layer = QuantLinear(QuantLayer(weight))
+        layer.set_bits(bits)
+        assert not layer(normal(5, 64))[:, [3, 39]].any()
+
+
 def test_map_of_eights_is_plain_w8a8_bitwise():
     model, x = Tiny(), with_outliers(50, 96, count=2, factor=50, seed=14)
     layers = layers_of(model)
@@ -467,12 +479,25 @@ def test_layers_that_were_not_calibrated_fail_with_a_sentence(tiny):
         quantize(model, some, bits="w4a8", layers=layers)
 
 
-def test_weights_that_are_not_finite_fail_with_the_layers_name(tiny):
+def test_a_calibration_is_asked_for_where_something_is_searched(tiny):
+    model, _, layers, _ = tiny
+    for settings in (
+        {"bits": "w4a8"},
+        {"bits": "w8a8", "alpha": 0.5},
+        {"bits": "w8a8", "bias_correction": True},
+    ):
+        with pytest.raises(KeyError, match="blocks.0.attn.to_q must have been calibrated"):
+            quantize(model, None, layers=layers, **settings)
+    assert quantize(model, None, bits="w8a8", layers=layers).layers
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8"])
+def test_weights_that_are_not_finite_fail_with_the_layers_name(tiny, bits):
     model, x, _, found = tiny
     broken = Tiny()
     broken.blocks[1].up.weight[3, 4] = torch.nan
     with pytest.raises(ValueError, match=r"^blocks.1.up: the weight must be finite"):
-        quantize(broken, found, bits="w8a8", layers=layers_of(broken))
+        quantize(broken, found, bits=bits, layers=layers_of(broken))
 
 
 def test_channels_beyond_exact_int32_fail_with_the_layers_name():
