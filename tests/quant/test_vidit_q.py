@@ -152,6 +152,14 @@ def test_mask_and_rotation_leave_the_product_as_it_is(channels, size):
     assert (y - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
+def test_the_mask_of_a_group_is_that_of_its_weights_joined():
+    amax = normal(96, seed=11).abs() + 0.1
+    weights = [normal(24, 96, seed=12), normal(8, 96, seed=13, std=3), normal(40, 96, seed=14)]
+    joined = channel_mask(amax, [torch.cat(weights)], 0.5)
+    assert torch.equal(channel_mask(amax, weights, 0.5), joined)
+    assert all(not torch.equal(channel_mask(amax, [weight], 0.5), joined) for weight in weights)
+
+
 @pytest.mark.parametrize("planes", [False, True], ids=["int4", "planes"])
 @pytest.mark.parametrize("seed", range(5))
 def test_mask_with_rotation_gains_six_decibels_over_either(seed, planes):

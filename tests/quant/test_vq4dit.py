@@ -21,7 +21,7 @@ from vdit_ext.quant import (
 )
 from vdit_ext.quant import kmeans_vq as kmeans
 from vdit_ext.quant.accounting import MIB, LinearSize, dit_linears, vq_size
-from vdit_ext.quant.block_calls import Strata, record_calls
+from vdit_ext.quant.block_calls import Strata, record_calls, spare_memory
 from vdit_ext.quant.kmeans_vq import (
     FORMATS,
     VQFormat,
@@ -654,6 +654,41 @@ def test_recorded_calls_hold_inputs_as_they_were_before_a_module_wrote_into_them
     assert torch.equal(calls[0].outputs[0], torch.full((2,), 3.0))
 
 
+class Twice(nn.Module):
+    """Two linears, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_recorded_calls_keep_to_a_limit_of_memory_but_for_the_first_module():
+    model, each = Twice(), 2 * 4 * 8 * 4  # bytes of a call: 4 rows in, 4 rows out
+    runs = [lambda: model(gaussian(4, 8))] * 5
+    for memory, names in ((0, ["first"]), (4 * each, ["first"]), (6 * each, ["first", "second"])):
+        found = record_calls(model, ["first", "second"], runs, calls=3, memory=memory)
+        assert list(found) == names
+        assert all(2 <= len(calls) <= 4 for calls in found.values())
+
+
+def test_blocks_that_do_not_fit_into_memory_wait_for_another_run(monkeypatch):
+    whole, runs = quantize_dit(tiny_dit()), []
+    monkeypatch.setattr(vq4dit, "spare_memory", lambda: 1)
+    model = tiny_dit()
+    run = sampler(model)
+    waited = vq4dit.quantize(model, lambda: runs.append(run()), **SHORT)
+    assert len(runs) == 2 and waited.report == whole.report
+    for name, layer in whole.layers.items():
+        assert all(torch.equal(t, waited.layers[name].tensors()[key]) for key, t in layer.tensors().items())
+
+
+def test_spare_memory_is_less_than_the_machines():
+    assert spare_memory() is None or 0 < spare_memory() < 2**50
+
+
 # --- refusals ------------------------------------------------------------------------------------------------
 
 
@@ -664,6 +699,8 @@ def test_recorded_calls_hold_inputs_as_they_were_before_a_module_wrote_into_them
         ({"mode": "layer"}, "mode must be 'block' or 'end_to_end', got 'layer'"),
         ({"candidates": 9}, "candidates must be 1 to 8, got 9"),
         ({"calls": 0}, "calls must be at least 1, got 0"),
+        ({"codebook_steps": -1}, "codebook_steps must be at least 0, got -1"),
+        ({"blocks_at_once": -1}, "blocks_at_once must be at least 0, got -1"),
         ({"candidate": 2}, "settings of vq4dit must be among .*, got candidate"),
     ],
 )

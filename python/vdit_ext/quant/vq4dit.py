@@ -34,7 +34,7 @@ from ..ops.vq import CODEWORDS
 from . import accounting, vq_checkpoint
 from . import layers as layer_lists
 from .apply import QuantizedModel
-from .block_calls import Call, floating, record_calls
+from .block_calls import Call, floating, record_calls, spare_memory
 from .kmeans_vq import VQFormat, clamp_codewords, kmeans_vq, row_scales, split_words, vq_format
 from .layers import LinearInfo
 from .linear import QuantLayer
@@ -305,14 +305,15 @@ def _by_block(job: _Job, runs: tuple[Callable[[], Any], ...], store: vq_checkpoi
             found[block] = before
             job.skip(block)
     left = [block for block in job.blocks if block not in found]
-    many = job.settings.blocks_at_once or len(left)
-    for first in range(0, len(left), max(many, 1)):
-        some = left[first : first + many]
-        recorded = record_calls(job.model, some, runs, calls=job.settings.calls, seed=job.seed_of("calls"))
-        for block in some:
+    wanted = {"calls": job.settings.calls, "seed": job.seed_of("calls")}
+    while left:
+        some = left[: job.settings.blocks_at_once or len(left)]
+        recorded = record_calls(job.model, some, runs, memory=spare_memory(), **wanted)
+        for block in [block for block in some if block in recorded]:
             found[block] = _one_block(job, block, recorded.pop(block))
             if store is not None:
                 store.save(block, job.key(block), found[block])
+        left = [block for block in left if block not in found]
     return {block: found[block] for block in job.blocks}
 
 

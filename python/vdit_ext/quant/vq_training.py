@@ -46,8 +46,8 @@ class Settings:
         modulation: also the modulation linears inside of blocks (adaLN); None: for DiTTransformer2DModel, where
             the paper does so, and for no other.
         codebook_dtype: "float16", "float32", or "int8", which multiplies 8-bit activations.
-        blocks_at_once: blocks whose calls are kept at a time, inputs and outputs on the CPU; each group needs
-            all runs of the sampler. 0: all, which for large video models is more than a machine holds.
+        blocks_at_once: most blocks whose calls, inputs and outputs, are kept at a time, 0 for all. Those that
+            do not fit into half of the free memory of the CPU wait for another round of all runs.
     """
 
     candidates: int = 2
@@ -78,7 +78,14 @@ class Settings:
             if getattr(self, name) not in allowed:
                 wanted = " or ".join(map(repr, allowed))
                 raise ValueError(f"vdit_ext.quant: {name} must be {wanted}, got {getattr(self, name)!r}")
-        for name, least, most in (("candidates", 1, 8), ("calls", 1, None), ("steps", 0, None)):
+        for name, least, most in (
+            ("candidates", 1, 8),
+            ("calls", 1, None),
+            ("steps", 0, None),
+            ("codebook_steps", 0, None),
+            ("iterations", 0, None),
+            ("blocks_at_once", 0, None),
+        ):
             value = getattr(self, name)
             if value < least or (most is not None and value > most):
                 wanted = f"{least} to {most}" if most is not None else f"at least {least}"
