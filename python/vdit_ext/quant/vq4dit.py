@@ -35,6 +35,7 @@ from . import accounting, vq_checkpoint
 from . import layers as layer_lists
 from .apply import QuantizedModel
 from .block_calls import Call, floating, record_calls, spare_memory
+from .calibration import Progress
 from .kmeans_vq import VQFormat, clamp_codewords, kmeans_vq, row_scales, split_words, vq_format
 from .layers import LinearInfo
 from .linear import QuantLayer
@@ -45,7 +46,6 @@ from .weights import DenseWeight, Int8Weight, VQWeight
 
 __all__ = ["BITS", "RELEASED", "SERVING", "Settings", "linears_of", "quantize", "quantize_kmeans", "serve"]
 
-Progress = Callable[[int, int, str], None]
 BITS = ("w2", "w3")  # the default first
 
 
