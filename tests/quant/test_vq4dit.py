@@ -508,6 +508,8 @@ def test_named_layers_get_no_modulation_unless_it_is_asked_for():
     some = [info for info in every if info.kind == "ffn"]
     assert len(vq4dit.linears_of(model, every)) == 2 * 7, "all of a DiT's own"
     assert vq4dit.linears_of(model, some) == some
+    block = [info for info in every if info.block == "transformer_blocks.1"]
+    assert len(vq4dit.linears_of(model, block)) == 7, "block by block as in one go"
     assert vq4dit.linears_of(model, vq4dit.linears_of(model)) == vq4dit.linears_of(model)
     assert len(vq4dit.linears_of(model, some, modulation=True)) == 2 * 3
     assert len(vq4dit.linears_of(model, {info.name: info for info in every}, modulation=False)) == 2 * 6
@@ -562,6 +564,12 @@ def test_progress_counts_up_to_its_total(mode):
     assert list(done) == list(range(1, totals[0] + 1)) and len(set(totals)) == 1
     assert totals[0] == 14 + 10 * (2 if mode == "block" else 1)
     assert "transformer_blocks.1.ff.net.2" in names
+
+
+def test_progress_of_plain_kmeans_counts_layers():
+    told = []
+    vq4dit.quantize_kmeans(tiny_dit(), iterations=2, progress=lambda *now: told.append(now[:2]))
+    assert told == [(done, 14) for done in range(1, 15)]
 
 
 class Stopped(Exception):

@@ -112,7 +112,7 @@ def quantize_kmeans(
     **settings: Any,
 ) -> QuantizedModel:
     """Plain k-means of every weight, the baseline that needs no calibration. Arguments as :func:`quantize`."""
-    job = _Job.of(model, bits, seed, layers, settings, progress)
+    job = _Job.of(model, bits, seed, layers, settings, progress, calibrated=False)
     found = {}
     for block in job.blocks:
         coded = {name: job.coded(name, soft) for name, soft in job.soft(block).items()}
@@ -130,10 +130,11 @@ class _Job:
     settings: Settings
     infos: list[LinearInfo]
     progress: Progress | None
+    calibrated: bool = True
     done: int = 0
 
     @classmethod
-    def of(cls, model, bits, seed, layers, settings, progress) -> _Job:
+    def of(cls, model, bits, seed, layers, settings, progress, calibrated=True) -> _Job:
         vq_format(bits)
         known = {field.name for field in dataclasses.fields(Settings)}
         if unknown := sorted(settings.keys() - known):
@@ -142,7 +143,7 @@ class _Job:
             )
         model = getattr(model, "_orig_mod", model)
         chosen = Settings(**settings)
-        job = cls(model, bits, seed, chosen, linears_of(model, layers, chosen.modulation), progress)
+        job = cls(model, bits, seed, chosen, linears_of(model, layers, chosen.modulation), progress, calibrated)
         for info in job.infos:  # refuses before anything runs
             weight = job.linear(info.name).weight
             split_words(weight[:1], job.form.dim)
@@ -169,7 +170,8 @@ class _Job:
         """One part is done."""
         self.done += 1
         if self.progress is not None:
-            total = len(self.infos) + PARTS * (1 if self.settings.mode == "end_to_end" else len(self.blocks))
+            rounds = 1 if self.settings.mode == "end_to_end" else len(self.blocks)
+            total = len(self.infos) + PARTS * rounds * self.calibrated
             self.progress(min(self.done, total), total, what)
 
     def skip(self, block: str) -> None:
@@ -271,20 +273,20 @@ def linears_of(
     """The linears that :func:`quantize` takes, block by block.
 
     ``modulation`` adds the modulation linears of these blocks; None does so for DiTTransformer2DModel, unless
-    ``layers`` leaves some of its other linears out.
+    ``layers`` leaves some of the blocks' other linears out.
     """
     given = list(layers.values() if isinstance(layers, Mapping) else layers or ())
     if layers is not None and not _is_known(model):
         return given
     known = layer_lists.linear_layers(model)
     given = list(known) if layers is None else given
-    if modulation is None:
-        whole = {info.name for info in known} <= {info.name for info in given}
-        modulation = whole and any(c.__name__ == "DiTTransformer2DModel" for c in type(model).__mro__)
     blocks: dict[str, list[LinearInfo]] = {}
     for info in given:
         blocks.setdefault(info.block, []).append(info)
     linears, named = layer_lists.plain_linears(model), {info.name for info in given}
+    if modulation is None:
+        whole = all(info.name in named for info in known if info.block in blocks)
+        modulation = whole and any(c.__name__ == "DiTTransformer2DModel" for c in type(model).__mro__)
     for name, reason in known.kept.items() if modulation else ():
         block = next((block for block in blocks if name.startswith(f"{block}.")), None)
         if reason == layer_lists.MODULATION and block is not None and name not in named:
