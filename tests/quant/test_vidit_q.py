@@ -71,6 +71,13 @@ def test_zero_is_a_code_of_the_asymmetric_grid(bits):
     assert grid.scale.isfinite().all() and (grid.scale > 0).all()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_zero_is_a_code_of_rows_of_one_sign(bits):
+    above = normal(4, 300).abs() + 1
+    zero = round_weight(torch.cat([above, -above]), bits).zero  # the code -zero stands for 0
+    assert ((-zero >= 0) & (-zero <= 2**bits - 1)).all()
+
+
 def test_pack_and_unpack_are_inverse_for_every_code_at_every_place():
     n, k = 33, 70  # ragged both ways
     base = torch.arange(n)[:, None] * 5 + torch.arange(k)[None] * 3

@@ -482,6 +482,20 @@ def test_calibration_brings_blocks_closer_than_kmeans():
         assert report["calibrated"] < 0.9 * report["kmeans"]
 
 
+def test_end_to_end_calibration_brings_the_model_closer_than_kmeans():
+    model = tiny_dit()
+    full = forward(model)
+    settings = {"steps": 60, "codebook_steps": 40, "calls": 12, "iterations": 3}
+    found = {}
+    for name, quantized in {
+        "kmeans": vq4dit.quantize_kmeans(model, iterations=3),
+        "end_to_end": quantize_dit(model, mode="end_to_end", **settings),
+    }.items():
+        with apply(model, quantized):
+            found[name] = snr(full, forward(model))
+    assert found["end_to_end"] > found["kmeans"] + 0.5
+
+
 def test_the_settings_of_the_released_code_run_end_to_end_with_five_codebooks_a_block():
     quantized = quantize_dit(tiny_dit(), **vq4dit.RELEASED)
     assert list(quantized.report["blocks"]) == ["model"]
