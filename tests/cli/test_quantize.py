@@ -128,7 +128,7 @@ def test_an_unfinished_run_is_not_overwritten(vdit, refused, tmp_path, monkeypat
         "--resume: seed must be as in the unfinished run (0)",
     )
     (out / quantizing.PARTIAL / "run.json").write_text("{")
-    refused(vdit(*RTN, "--out", out, "--resume"), "it is damaged; remove it")
+    refused(vdit(*RTN, "--out", out, "--resume"), "it is damaged; remove ", quantizing.PARTIAL)
 
 
 def test_other_weights_do_not_resume(vdit, tiny, refused, tmp_path, monkeypatch):
@@ -148,11 +148,22 @@ def test_other_weights_do_not_resume(vdit, tiny, refused, tmp_path, monkeypatch)
         (("--layers", "nothing"), ("layers= must match linears of WanTransformer3DModel",)),
         (("--device", "cuda"), ("the toy model runs in float32 on the CPU",)),
         (("--set", "clip=all"), ("clip one of minmax, mse, got",)),
+        (("--steps", "2"), ("--steps: a method that calibrates was expected, rtn does not",)),
+        (("--size", "32x32"), ("--size: a method that calibrates was expected, rtn does not",)),
     ],
 )
 def test_bad_input_is_one_sentence(vdit, refused, tmp_path, arguments, words):
     refused(vdit(*RTN, *arguments, "--out", tmp_path / "new"), *words)
-    assert not (tmp_path / "new" / files.SETTINGS).exists()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_setting_refused_after_the_calibration_leaves_nothing(vdit, tmp_path):
+    out = tmp_path / "new"
+    arguments = ("quantize", "toy", "--bits", "w4a8", "--steps", "1", "--rows", "4", "--quiet", "--out", out)
+    result = vdit(*arguments, "--set", "alpha=much")
+    assert result.exit_code == 2 and 'alpha must be a number, "auto"' in result.stderr
+    assert not out.exists()  # so that the mended command is not taken for a second run
+    assert vdit(*arguments, "--set", "alpha=0.5").exit_code == 0
 
 
 def test_bad_prompts_are_one_sentence(vdit, refused, tmp_path, prompts):
@@ -229,6 +240,18 @@ def test_a_transformer_folder_becomes_one_that_from_pretrained_loads(vdit, wan, 
     assert len(quantized_layers(WanTransformer3DModel.from_pretrained(tmp_path / "new"))) == 20
     again = vdit("quantize", tmp_path / "new", "--method", "rtn", "--out", tmp_path / "x", "--device", "cpu")
     assert again.exit_code == 2 and "is quantized already" in again.stderr
+
+
+def test_the_model_itself_is_not_overwritten(vdit, wan, refused):
+    before = {path: path.read_bytes() for path in wan.rglob("*") if path.is_file()}
+    for name in ("transformer", "pipe"):
+        result = vdit("quantize", wan / name, "--method", "rtn", "--out", wan / name, "--device", "cpu")
+        refused(result, "must not hold a model that is not quantized, it has config.json; name another folder")
+    assert {path: path.read_bytes() for path in wan.rglob("*") if path.is_file()} == before
+
+
+def test_a_misspelt_model_is_named_before_prompts_are_asked_for(vdit, refused, tmp_path):
+    refused(vdit("quantize", "toyy", "--out", tmp_path / "new"), 'MODEL must be "toy" or a folder', "'toyy'")
 
 
 def test_a_pipeline_with_two_transformers_becomes_a_folder_each(vdit, wan, tmp_path):

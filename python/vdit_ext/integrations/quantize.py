@@ -63,8 +63,7 @@ def for_each(quant: Any, models: Mapping[str, nn.Module]) -> dict[str, Quant]:
     if own and len(models) > 1:
         raise ValueError(
             "vdit_ext.accelerate: quant must be a dict by the names of the transformers "
-            f"({', '.join(models)}), "
-            f"got the layers of one; each has weights of its own"
+            f"({', '.join(models)}), got the layers of one; each has weights of its own"
         )
     return dict.fromkeys(models, quant)
 
@@ -186,7 +185,7 @@ def _quantized_facts(name: str, layer: QuantLinear, applied: Applied | None) -> 
 
 def bits_phrase(name: str, layer: QuantLinear, applied: Applied | None) -> str:
     """Bits of a layer's weight, by parts of the sampling where they differ: "8", or "8, 4, 4, 4 by
-    quarters"."""
+    parts of the steps"."""
     full = max(layer.switchable_bits)
     intervals = applied.intervals if applied is not None else ()
     bits = [part.get(name, full) for part in intervals]

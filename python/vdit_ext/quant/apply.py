@@ -142,8 +142,8 @@ def apply(model: nn.Module, quantized: QuantizedModel) -> Applied:
         An :class:`Applied`, whose ``undo()`` restores the model.
 
     Raises:
-        ValueError: a layer that the model does not have, that is no linear, that has hooks (of offloading, say:
-            quantize first), or another size; one sentence, and the model is as it was.
+        ValueError: a layer that the model does not have, that is no linear, that has hooks (of offloading or
+            ``add_lora``, say: quantize first), or another size; one sentence, and the model is as it was.
     """
     model = getattr(model, "_orig_mod", model)
     check_intervals(quantized)
@@ -240,4 +240,6 @@ def _check(name: str, module: nn.Module, layer: QuantLayer) -> None:
         raise ValueError(f"vdit_ext.quant: {name} must have {wanted}, as when it was quantized")
     hooked = module._forward_hooks or module._forward_pre_hooks
     if hooked or hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook"):
-        raise ValueError(f"vdit_ext.quant: {name} must have no hooks, it has some; quantize before offloading")
+        raise ValueError(
+            f"vdit_ext.quant: {name} must have no hooks, it has some; quantize before offloading or add_lora"
+        )
