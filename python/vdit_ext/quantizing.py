@@ -412,8 +412,8 @@ class _Partial:
 
     def _read(self) -> dict[str, Any] | None:
         path = self.folder / "run.json"
-        if not path.is_file():
-            return None
+        if not path.is_file() or not any(one.is_dir() for one in self.folder.iterdir()):
+            return None  # nothing was finished
         try:
             known = json.loads(path.read_text())
             return {"facts": dict(known["facts"]), "seconds": float(known["seconds"])}

@@ -131,6 +131,13 @@ def test_an_unfinished_run_is_not_overwritten(vdit, refused, tmp_path, monkeypat
     refused(vdit(*RTN, "--out", out, "--resume"), "it is damaged; remove ", quantizing.PARTIAL)
 
 
+def test_a_run_that_finished_nothing_is_not_in_the_way(vdit, tmp_path, monkeypatch):
+    out = tmp_path / "new"
+    assert interrupted(vdit, monkeypatch, *RTN, "--out", out, after=0).exit_code == 130
+    assert (out / quantizing.PARTIAL).is_dir()
+    assert vdit(*RTN, "--out", out, "--seed", "3").exit_code == 0 and not (out / quantizing.PARTIAL).exists()
+
+
 def test_other_weights_do_not_resume(vdit, tiny, refused, tmp_path, monkeypatch):
     out = tmp_path / "new"
     interrupted(vdit, monkeypatch, *RTN, "--out", out)

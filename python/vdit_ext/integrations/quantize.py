@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin
 from torch import nn
 
 from .. import _C
@@ -15,7 +16,7 @@ from ..quant.apply import Applied, QuantizedModel, apply
 from ..quant.layers import CLASSES, class_layers, linear_layers, plain_linears
 from ..quant.linear import QuantLinear
 from ..quant.methods import METHODS, entry_of
-from .quantizer import VditQuantConfig, quantized_layers
+from .quantizer import VditQuantConfig, VditQuantizer, described, quantized_layers
 
 Quant = str | Path | QuantizedModel | VditQuantConfig
 NOT_GIVEN = "not among the quantized layers that were given"
@@ -112,7 +113,10 @@ def attach(model: nn.Module, quant: Path | QuantizedModel | VditQuantConfig | No
                 f"vdit_ext.accelerate: quant must be left out for {type(model).__name__}, whose linears are "
                 "quantized already"
             )
-        return apply(model, layers_for(model, quant))
+        applied = apply(model, quantized := layers_for(model, quant))
+        if isinstance(model, ConfigMixin):
+            applied.after_undo.append(announce(model, quantized))
+        return applied
     if not (layers := quantized_layers(model)):
         return None
     config = getattr(getattr(model, "config", None), "quantization_config", None)
@@ -121,6 +125,21 @@ def attach(model: nn.Module, quant: Path | QuantizedModel | VditQuantConfig | No
     intervals = config.intervals if isinstance(config, VditQuantConfig) else []
     names = {name.removesuffix(".base_layer"): layer for name, layer in layers.items()}
     return LoadedLayers(model, names, intervals)
+
+
+def announce(model: nn.Module, quantized: QuantizedModel) -> Callable[[], None]:
+    """Let diffusers know that a model is quantized, so that its ``save_pretrained`` writes what
+    ``from_pretrained`` loads; returns what takes that back."""
+    config = described(quantized, str(quantized.report.get("bits", "")))
+    before = model._internal_dict
+    model.hf_quantizer = VditQuantizer(config)
+    model.register_to_config(quantization_config=config)
+
+    def withdraw() -> None:
+        del model.hf_quantizer
+        model._internal_dict = before
+
+    return withdraw
 
 
 def linear_rows(

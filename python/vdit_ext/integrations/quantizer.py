@@ -263,6 +263,16 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def described(quantized: QuantizedModel, bits: str) -> VditQuantConfig:
+    """The config of a model that has these layers; ``bits`` is for the reader."""
+    return VditQuantConfig(
+        method=quantized.method,
+        bits=bits,
+        weights={name: layer.config() for name, layer in quantized.layers.items()},
+        intervals=[dict(bits) for bits in quantized.intervals],
+    )
+
+
 def save_quantized(
     folder: str | Path,
     model: nn.Module,
@@ -289,15 +299,10 @@ def save_quantized(
         return files.save(folder, quantized, info=info)
     own = tuple(f"{name}." for name in quantized.layers)
     rest = {key: value for key, value in model.state_dict().items() if not key.startswith(own)}
-    described = VditQuantConfig(
-        method=quantized.method,
-        bits=str(info.get("bits", "")),
-        weights={name: layer.config() for name, layer in quantized.layers.items()},
-        intervals=[dict(bits) for bits in quantized.intervals],
-    )
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    own_config = described(quantized, str(info.get("bits", "")))
     names = {"_class_name": type(model).__name__, "_diffusers_version": _diffusers_version()}
-    config = names | config | {"quantization_config": described.to_dict()}
+    config = names | config | {"quantization_config": own_config.to_dict()}
     return files.save(folder, quantized, info=info, rest=rest, config=config)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,12 +40,14 @@ class Applied:
 
     Attributes:
         layers: the new modules, by name.
+        after_undo: what else :meth:`undo` takes back, once.
     """
 
     def __init__(self, model: nn.Module, places: dict[str, _Place], quantized: QuantizedModel) -> None:
         self._model = model
         self._places = places
         self._intervals = quantized.intervals
+        self.after_undo: list[Callable[[], None]] = []
         self.layers: dict[str, QuantLinear] = {name: place.new for name, place in places.items()}
         if self._intervals:
             self.set_interval(0)
@@ -103,6 +105,8 @@ class Applied:
             parent, leaf = self._slot(name, place)
             parent._modules[leaf] = place.old
         self._places = {}
+        while self.after_undo:
+            self.after_undo.pop()()
 
     def _slot(self, name: str, place: _Place) -> tuple[nn.Module, str]:
         """Where the new module stands now: a LoRA wrapper may have come or gone since."""
