@@ -169,23 +169,27 @@ struct VqHalfKernel {
     Words const words{smem};
     char* const stages = smem + Words::kBytes;
     int const blocks = static_cast<int>((p.x.k + Tile::kBlockK - 1) / Tile::kBlockK);
-    auto const fetch = [&](int block, int stage) {
-      if (block < blocks) {
-        rows.fetch(stages + stage * kStageBytes, block);
-        tiles.fetch(stages + stage * kStageBytes + Panels::kBytes, block);
-      }
-      cp_async_commit();
-    };
-    for (int block = 0; block < Tile::kStages - 1; ++block) fetch(block, block);
+    for (int block = 0; block < Tile::kStages - 1; ++block)
+      fetch(rows, tiles, stages + block * kStageBytes, block, blocks);
     Words::fill(smem, p.weight.codebook, kThreads);
     for (int block = 0, stage = 0; block < blocks; ++block) {
       cp_async_wait<Tile::kStages - 2>();
       sync_block();  // this stage has come for everybody, and everybody has done with the one before
-      fetch(block + Tile::kStages - 1, stage == 0 ? Tile::kStages - 1 : stage - 1);
+      int const last = stage == 0 ? Tile::kStages - 1 : stage - 1;
+      fetch(rows, tiles, stages + last * kStageBytes, block + Tile::kStages - 1, blocks);
       multiply_stage(words, stages + stage * kStageBytes, sums);
       stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
     }
     cp_async_wait<0>();
+  }
+
+  // Closes a group of copies also where there is no such block, so that every turn waits for one.
+  VDIT_DEVICE static void fetch(Panels const& rows, Tiles const& tiles, char* stage, int block, int blocks) {
+    if (block < blocks) {
+      rows.fetch(stage, block);
+      tiles.fetch(stage + Panels::kBytes, block);
+    }
+    cp_async_commit();
   }
 
   VDIT_DEVICE static void multiply_stage(Words const& words, char const* stage, Sums& sums) {
