@@ -245,12 +245,17 @@ def _quantize(
     entry = entry_of(job.method, job.bits)
     if "checkpoint" in inspect.signature(entry.load()).parameters:
         folder = partial.folder / component / "checkpoint"
+
+        def moved(done: int, total: int, name: str) -> None:
+            partial.note()
+            tell(done, total)
+
         return run(
             job.method,
             model,
             calibration,
             layers=list(layers),
-            progress=lambda done, total, name: tell(done, total),
+            progress=moved,
             checkpoint=folder,
             **common,
         )
@@ -408,7 +413,7 @@ class _Partial:
         self.new = known is None
         self._made_parent = not folder.parent.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        self._note()
+        self.note()
 
     def _read(self) -> dict[str, Any] | None:
         path = self.folder / "run.json"
@@ -431,7 +436,8 @@ class _Partial:
                     "to begin anew"
                 )
 
-    def _note(self) -> None:
+    def note(self) -> None:
+        """Keep what the run is known by, and its seconds."""
         spent = self.seconds + time.perf_counter() - self._start
         text = json.dumps({"facts": self.facts, "seconds": spent}, indent=2)
         temporary = self.folder / ".run.json"
@@ -445,7 +451,7 @@ class _Partial:
 
     def keep_block(self, component: str, block: str, quantized: QuantizedModel) -> None:
         files.save(self.folder / component / block, quantized)
-        self._note()
+        self.note()
 
     def calibration(self, component: str, calls: tuple) -> Calibration | None:
         path = self.folder / component / "calibration.json"
@@ -479,7 +485,7 @@ class _Partial:
         temporary = folder / ".calibration.json"
         temporary.write_text(json.dumps(about))
         temporary.replace(folder / "calibration.json")  # last: with it, the tensors are complete
-        self._note()
+        self.note()
 
     def remove(self) -> None:
         """With the folder it is in, when that was made for it and holds nothing else."""

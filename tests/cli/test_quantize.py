@@ -111,6 +111,28 @@ def test_an_interrupted_run_goes_on_where_it_was(vdit, tiny, tmp_path, monkeypat
         assert all(torch.equal(t, other.layers[name].tensors()[key]) for key, t in layer.tensors().items())
 
 
+def test_a_method_that_keeps_its_own_checkpoints_goes_on_too(vdit, tmp_path, monkeypatch):
+    short = ("--steps", "1", "--rows", "16", "--set", "steps=2", "--set", "codebook_steps=2", "--json")
+    arguments = ("quantize", "toy", "--method", "vq4dit", *short)
+    once = json.loads(vdit(*arguments, "--out", tmp_path / "once").stdout)
+    out, note, noted = tmp_path / "new", quantizing._Partial.note, []
+
+    def note_some(self):
+        note(self)
+        noted.append(self.folder)
+        if len(noted) == 30:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizing._Partial, "note", note_some)
+        assert vdit(*arguments, "--out", out).exit_code == 130
+    partial = out / quantizing.PARTIAL
+    assert any((partial / "transformer" / "checkpoint").iterdir())
+    spent = json.loads((partial / "run.json").read_text())["seconds"]
+    again = json.loads(vdit(*arguments, "--out", out, "--resume").stdout)
+    assert again["layers"] == once["layers"] and again["seconds"] > spent and not partial.exists()
+
+
 def test_a_finished_run_is_reported_by_resume(vdit, tmp_path):
     first = json.loads(vdit(*RTN, "--out", tmp_path / "new", "--json").stdout)
     again = json.loads(vdit(*RTN, "--out", tmp_path / "new", "--json", "--resume").stdout)
