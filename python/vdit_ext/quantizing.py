@@ -3,6 +3,7 @@ report."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -125,8 +126,8 @@ def load_source(model: str, job: Job, *, dtype: str = "float32", device: str = "
         return Source(folder.name, {name: _load(part, dtype, device) for name, part in parts.items()})
     if not (folder / "model_index.json").is_file():
         raise ValueError(
-            f"MODEL must be a pipeline folder for {job.method}, which samples to calibrate, got a transformer "
-            "alone"
+            f"MODEL must be a pipeline folder for {job.method}, which samples to calibrate, got a "
+            "transformer alone"
         )
     sampler = FolderSampler.load(folder, dtype=dtype, device=device)
     return Source(sampler.name, {name: getattr(sampler.pipe, name) for name in parts}, sampler)
@@ -191,14 +192,30 @@ def quantize_to(
 
     Raises:
         Unfinished: there is an unfinished run, and ``resume`` is not set, or it has other settings.
-        TypeError, ValueError, OSError: what methods, calibration and files refuse; one sentence.
+        TypeError, ValueError, KeyError, OSError: what methods, calibration and files refuse, and a folder that
+            holds another model; one sentence. A new run leaves nothing behind then, but for an OSError.
     """
     stage = stage or (lambda name, total: lambda done, total: None)
     lists = {name: linear_layers(model, job.layers) for name, model in source.models.items()}
     facts = _fingerprint(source, job, lists)
     if resume and (done := _finished(out, source, facts)) is not None:
         return done
+    if source.loadable:
+        for folder in _folders(out, source).values():
+            files.check_target(folder)
     partial = _Partial(out / PARTIAL, facts, resume)
+    try:
+        return _quantize_all(out, source, job, lists, partial, stage)
+    except (TypeError, ValueError, KeyError):
+        # The same settings would be refused again, others could not go on from here.
+        if partial.new:
+            partial.remove()
+        raise
+
+
+def _quantize_all(
+    out: Path, source: Source, job: Job, lists: Mapping[str, LayerList], partial: _Partial, stage: Stage
+) -> dict[str, Any]:
     start = time.perf_counter()
     records = {}
     for name, model in source.models.items():
@@ -208,7 +225,7 @@ def quantize_to(
             model, lists[name], calibration, job, partial, name, stage(label or job.method, 1)
         )
         records[name] = (quantized, _layer_records(model, quantized, lists[name], calibration))
-    report = _report(source, job, facts, records, lists, partial.seconds + time.perf_counter() - start)
+    report = _report(source, job, partial.facts, records, lists, partial.seconds + time.perf_counter() - start)
     _write(out, source, job, records, report)
     partial.remove()
     return report
@@ -228,12 +245,17 @@ def _quantize(
     entry = entry_of(job.method, job.bits)
     if "checkpoint" in inspect.signature(entry.load()).parameters:
         folder = partial.folder / component / "checkpoint"
+
+        def moved(done: int, total: int, name: str) -> None:
+            partial.note()
+            tell(done, total)
+
         return run(
             job.method,
             model,
             calibration,
             layers=list(layers),
-            progress=lambda done, total, name: tell(done, total),
+            progress=moved,
             checkpoint=folder,
             **common,
         )
@@ -367,35 +389,44 @@ def _digest(model: nn.Module, layers: LayerList) -> str:
 
 
 class _Partial:
-    """The finished blocks, and the calibration, of a run that may be interrupted."""
+    """The finished blocks, and the calibration, of a run that may be interrupted.
+
+    Attributes:
+        folder: where they are.
+        facts: what the run is known by.
+        new: whether nothing of an earlier run was there.
+        seconds: spent by earlier runs.
+    """
 
     def __init__(self, folder: Path, facts: dict[str, Any], resume: bool):
         self.folder = folder
+        self.facts = facts
         self._start = time.perf_counter()
         self.seconds = 0.0
         known = self._read()
         if known is not None and not resume:
             raise Unfinished(
-                f"--out: no unfinished run was expected, {folder} has one; go on with --resume or remove that "
-                "folder"
+                f"--out: no unfinished run was expected, {folder} has one; go on with --resume or remove "
+                "that folder"
             )
         if known is not None:
             self._check(known, facts)
             self.seconds = known["seconds"]
-        self._facts = facts
+        self.new = known is None
+        self._made_parent = not folder.parent.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        self._note()
+        self.note()
 
     def _read(self) -> dict[str, Any] | None:
         path = self.folder / "run.json"
-        if not path.is_file():
-            return None
+        if not path.is_file() or not any(one.is_dir() for one in self.folder.iterdir()):
+            return None  # nothing was finished
         try:
             known = json.loads(path.read_text())
             return {"facts": dict(known["facts"]), "seconds": float(known["seconds"])}
         except (ValueError, KeyError, TypeError) as error:
             raise Unfinished(
-                f"--resume: {path} must be of an unfinished run, it is damaged; remove it"
+                f"--resume: {path} must be of an unfinished run, it is damaged; remove {self.folder}"
             ) from error
 
     def _check(self, known: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -403,13 +434,14 @@ class _Partial:
             if known["facts"].get(key) != value:
                 raise Unfinished(
                     f"--resume: {key} must be as in the unfinished run "
-                    f"({json.dumps(known['facts'].get(key))}), "
-                    f"got {json.dumps(value)}; remove {self.folder} to begin anew"
+                    f"({json.dumps(known['facts'].get(key))}), got {json.dumps(value)}; remove {self.folder} "
+                    "to begin anew"
                 )
 
-    def _note(self) -> None:
+    def note(self) -> None:
+        """Keep what the run is known by, and its seconds."""
         spent = self.seconds + time.perf_counter() - self._start
-        text = json.dumps({"facts": self._facts, "seconds": spent}, indent=2)
+        text = json.dumps({"facts": self.facts, "seconds": spent}, indent=2)
         temporary = self.folder / ".run.json"
         temporary.write_text(text)
         temporary.replace(self.folder / "run.json")
@@ -421,7 +453,7 @@ class _Partial:
 
     def keep_block(self, component: str, block: str, quantized: QuantizedModel) -> None:
         files.save(self.folder / component / block, quantized)
-        self._note()
+        self.note()
 
     def calibration(self, component: str, calls: tuple) -> Calibration | None:
         path = self.folder / component / "calibration.json"
@@ -455,10 +487,14 @@ class _Partial:
         temporary = folder / ".calibration.json"
         temporary.write_text(json.dumps(about))
         temporary.replace(folder / "calibration.json")  # last: with it, the tensors are complete
-        self._note()
+        self.note()
 
     def remove(self) -> None:
+        """With the folder it is in, when that was made for it and holds nothing else."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._made_parent:
+            with contextlib.suppress(OSError):
+                self.folder.parent.rmdir()
 
 
 def _finished(out: Path, source: Source, facts: dict[str, Any]) -> dict[str, Any] | None:

@@ -111,6 +111,28 @@ def test_an_interrupted_run_goes_on_where_it_was(vdit, tiny, tmp_path, monkeypat
         assert all(torch.equal(t, other.layers[name].tensors()[key]) for key, t in layer.tensors().items())
 
 
+def test_a_method_that_keeps_its_own_checkpoints_goes_on_too(vdit, tmp_path, monkeypatch):
+    short = ("--steps", "1", "--rows", "16", "--set", "steps=2", "--set", "codebook_steps=2", "--json")
+    arguments = ("quantize", "toy", "--method", "vq4dit", *short)
+    once = json.loads(vdit(*arguments, "--out", tmp_path / "once").stdout)
+    out, note, noted = tmp_path / "new", quantizing._Partial.note, []
+
+    def note_some(self):
+        note(self)
+        noted.append(self.folder)
+        if len(noted) == 30:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizing._Partial, "note", note_some)
+        assert vdit(*arguments, "--out", out).exit_code == 130
+    partial = out / quantizing.PARTIAL
+    assert any((partial / "transformer" / "checkpoint").iterdir())
+    spent = json.loads((partial / "run.json").read_text())["seconds"]
+    again = json.loads(vdit(*arguments, "--out", out, "--resume").stdout)
+    assert again["layers"] == once["layers"] and again["seconds"] > spent and not partial.exists()
+
+
 def test_a_finished_run_is_reported_by_resume(vdit, tmp_path):
     first = json.loads(vdit(*RTN, "--out", tmp_path / "new", "--json").stdout)
     again = json.loads(vdit(*RTN, "--out", tmp_path / "new", "--json", "--resume").stdout)
@@ -128,7 +150,14 @@ def test_an_unfinished_run_is_not_overwritten(vdit, refused, tmp_path, monkeypat
         "--resume: seed must be as in the unfinished run (0)",
     )
     (out / quantizing.PARTIAL / "run.json").write_text("{")
-    refused(vdit(*RTN, "--out", out, "--resume"), "it is damaged; remove it")
+    refused(vdit(*RTN, "--out", out, "--resume"), "it is damaged; remove ", quantizing.PARTIAL)
+
+
+def test_a_run_that_finished_nothing_is_not_in_the_way(vdit, tmp_path, monkeypatch):
+    out = tmp_path / "new"
+    assert interrupted(vdit, monkeypatch, *RTN, "--out", out, after=0).exit_code == 130
+    assert (out / quantizing.PARTIAL).is_dir()
+    assert vdit(*RTN, "--out", out, "--seed", "3").exit_code == 0 and not (out / quantizing.PARTIAL).exists()
 
 
 def test_other_weights_do_not_resume(vdit, tiny, refused, tmp_path, monkeypatch):
@@ -148,11 +177,22 @@ def test_other_weights_do_not_resume(vdit, tiny, refused, tmp_path, monkeypatch)
         (("--layers", "nothing"), ("layers= must match linears of WanTransformer3DModel",)),
         (("--device", "cuda"), ("the toy model runs in float32 on the CPU",)),
         (("--set", "clip=all"), ("clip one of minmax, mse, got",)),
+        (("--steps", "2"), ("--steps: a method that calibrates was expected, rtn does not",)),
+        (("--size", "32x32"), ("--size: a method that calibrates was expected, rtn does not",)),
     ],
 )
 def test_bad_input_is_one_sentence(vdit, refused, tmp_path, arguments, words):
     refused(vdit(*RTN, *arguments, "--out", tmp_path / "new"), *words)
-    assert not (tmp_path / "new" / files.SETTINGS).exists()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_setting_refused_after_the_calibration_leaves_nothing(vdit, tmp_path):
+    out = tmp_path / "new"
+    arguments = ("quantize", "toy", "--bits", "w4a8", "--steps", "1", "--rows", "4", "--quiet", "--out", out)
+    result = vdit(*arguments, "--set", "alpha=much")
+    assert result.exit_code == 2 and 'alpha must be a number, "auto"' in result.stderr
+    assert not out.exists()  # so that the mended command is not taken for a second run
+    assert vdit(*arguments, "--set", "alpha=0.5").exit_code == 0
 
 
 def test_bad_prompts_are_one_sentence(vdit, refused, tmp_path, prompts):
@@ -229,6 +269,18 @@ def test_a_transformer_folder_becomes_one_that_from_pretrained_loads(vdit, wan, 
     assert len(quantized_layers(WanTransformer3DModel.from_pretrained(tmp_path / "new"))) == 20
     again = vdit("quantize", tmp_path / "new", "--method", "rtn", "--out", tmp_path / "x", "--device", "cpu")
     assert again.exit_code == 2 and "is quantized already" in again.stderr
+
+
+def test_the_model_itself_is_not_overwritten(vdit, wan, refused):
+    before = {path: path.read_bytes() for path in wan.rglob("*") if path.is_file()}
+    for name in ("transformer", "pipe"):
+        result = vdit("quantize", wan / name, "--method", "rtn", "--out", wan / name, "--device", "cpu")
+        refused(result, "must not hold a model that is not quantized, it has config.json; name another folder")
+    assert {path: path.read_bytes() for path in wan.rglob("*") if path.is_file()} == before
+
+
+def test_a_misspelt_model_is_named_before_prompts_are_asked_for(vdit, refused, tmp_path):
+    refused(vdit("quantize", "toyy", "--out", tmp_path / "new"), 'MODEL must be "toy" or a folder', "'toyy'")
 
 
 def test_a_pipeline_with_two_transformers_becomes_a_folder_each(vdit, wan, tmp_path):

@@ -293,6 +293,22 @@ def test_a_folder_serves_accelerate_and_from_pretrained_alike(tmp_path, kind):
     assert shared.to_q.shared is shared.to_k.shared is not None and loaded.blocks[0].ffn.net[2].shared is None
 
 
+@pytest.mark.parametrize("kind", ["int8", "planes"])
+def test_an_accelerated_model_is_saved_as_what_it_is(tmp_path, kind):
+    model = WAN.build()
+    before = dict(model.config)
+    with accelerate(model, quant=make.quantized(model, kind), num_inference_steps=1):
+        want = run(model, WAN)
+        model.save_pretrained(tmp_path / "quantized")
+    loaded = WanTransformer3DModel.from_pretrained(tmp_path / "quantized")
+    with accelerate(loaded, num_inference_steps=1):
+        assert torch.equal(run(loaded, WAN), want)
+    assert dict(model.config) == before and not hasattr(model, "hf_quantizer")
+    model.save_pretrained(tmp_path / "plain")
+    plain = WanTransformer3DModel.from_pretrained(tmp_path / "plain")
+    assert not quantized_layers(plain) and torch.equal(run(plain, WAN), run(model, WAN))
+
+
 def test_layers_alone_are_loaded_by_accelerate(tmp_path):
     model = WAN.build()
     save_quantized(tmp_path, model, make.quantized(model), whole=False)

@@ -50,6 +50,28 @@ def test_an_earlier_run_is_replaced_and_other_files_stay(model, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", files.SETTINGS, files.LAYERS]
 
 
+def test_files_of_the_other_kind_do_not_stay(model, tmp_path):
+    def names():
+        return {p.name for p in tmp_path.iterdir()}
+
+    layers, whole = {files.SETTINGS, files.LAYERS}, {files.SETTINGS, files.WHOLE, files.CONFIG}
+    quantized = make.quantized(model)
+    files.save(tmp_path, quantized)
+    assert names() == layers
+    files.save(tmp_path, quantized, rest={"norm": torch.ones(2)}, config={})
+    assert names() == whole
+    files.save(tmp_path, quantized)
+    assert names() == layers
+
+
+def test_another_models_files_are_not_replaced(model, tmp_path):
+    (tmp_path / files.CONFIG).write_text("{}")
+    with pytest.raises(ValueError, match="must not hold a model that is not quantized, it has config.json"):
+        files.save(tmp_path, make.quantized(model), rest={}, config={"x": 1})
+    assert [p.name for p in tmp_path.iterdir()] == [files.CONFIG]
+    assert (tmp_path / files.CONFIG).read_text() == "{}"
+
+
 def test_nothing_half_written_when_the_report_is_no_json(model, tmp_path):
     good = make.quantized(model)
     bad = type(good)("nearest", good.layers, (), {"snr": float("nan")})

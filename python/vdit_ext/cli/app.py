@@ -45,8 +45,7 @@ app = typer.Typer(
     cls=Commands,
     help="Sparse attention and quantized weights for video diffusion transformers: make clips, compare "
     "methods, quantize, measure, look into the installation. Without --model, everything runs on the toy "
-    "model that "
-    "comes with the package.",
+    "model that comes with the package.",
     epilog=EXIT_CODES,
     rich_markup_mode="markdown",
     invoke_without_command=True,

@@ -122,24 +122,31 @@ def _job(
     from ..quant.methods import entry_of
     from ..quantizing import TOY_PROMPTS, Job, read_prompts, settings_from
 
+    folder = None if model == "toy" else Path(model)
+    if folder is not None and not folder.is_dir():
+        raise Refusal(f'MODEL must be "toy" or a folder of a pipeline or a transformer, got {model!r}')
     with refusing():
         entry = entry_of(method, bits)
         given = settings_from(method, settings or [])
         said = read_prompts(prompts) if prompts is not None else TOY_PROMPTS if model == "toy" else ()
     if not entry.calibrated:
-        if prompts is not None:
-            raise Refusal(f"--prompts: a method that calibrates was expected, {method} does not; leave it out")
+        _refuse_sampling(method, prompts, sampling)
         said = ()
     elif not said:
         raise Refusal(f"--prompts: a file of prompts was expected for {method}, which calibrates, got none")
     steps, guidance, size, frames = sampling
-    folder = None if model == "toy" else Path(model)
-    if folder is not None and not folder.is_dir():
-        raise Refusal(f'MODEL must be "toy" or a folder of a pipeline or a transformer, got {model!r}')
     requests = [options.request_for(p, seed, steps, guidance, folder, size, frames) for p in said]
     sizes = {f: getattr(requests[0], f) for f in ("height", "width", "frames")} if requests else {}
     chosen = tuple(layers) if layers else None
     return Job(method, bits or entry.bits[0], seed, given, chosen, said, steps, guidance, **sizes, rows=rows)
+
+
+def _refuse_sampling(method: str, prompts: Path | None, sampling: tuple[Any, ...]) -> None:
+    """A Refusal for options of a calibration that there will not be."""
+    names = ("--prompts", "--steps", "--guidance", "--size", "--frames")
+    for name, value in zip(names, (prompts, *sampling), strict=True):
+        if value is not None:
+            raise Refusal(f"{name}: a method that calibrates was expected, {method} does not; leave it out")
 
 
 def _source(model: str, job: Job, dtype: str | None, device: str | None, reporter: Reporter) -> Source:
@@ -206,7 +213,6 @@ def _summary(record: dict[str, Any]) -> str:
     kept = sum(len(names) for names in record["kept"].values())
     return (
         f"{record['method']} {record['bits']} on the {record['model']} model: {len(record['layers'])} linears "
-        "in "
-        f"{own:.2f} MiB, {full / own:.2f} times less than in bfloat16; {kept} linears in high precision; "
+        f"in {own:.2f} MiB, {full / own:.2f} times less than in bfloat16; {kept} linears in high precision; "
         f"{seconds(record['seconds'])}"
     )

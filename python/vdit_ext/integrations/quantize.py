@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin
 from torch import nn
 
 from .. import _C
@@ -16,7 +17,7 @@ from ..quant.apply import Applied, QuantizedModel, apply
 from ..quant.layers import CLASSES, class_layers, linear_layers, plain_linears
 from ..quant.linear import QuantLinear
 from ..quant.methods import METHODS, entry_of
-from .quantizer import VditQuantConfig, quantized_layers
+from .quantizer import VditQuantConfig, VditQuantizer, described, quantized_layers
 
 Quant = str | Path | QuantizedModel | VditQuantConfig
 NOT_GIVEN = "not among the quantized layers that were given"
@@ -64,8 +65,7 @@ def for_each(quant: Any, models: Mapping[str, nn.Module]) -> dict[str, Quant]:
     if own and len(models) > 1:
         raise ValueError(
             "vdit_ext.accelerate: quant must be a dict by the names of the transformers "
-            f"({', '.join(models)}), "
-            f"got the layers of one; each has weights of its own"
+            f"({', '.join(models)}), got the layers of one; each has weights of its own"
         )
     return dict.fromkeys(models, quant)
 
@@ -114,7 +114,10 @@ def attach(model: nn.Module, quant: Path | QuantizedModel | VditQuantConfig | No
                 f"vdit_ext.accelerate: quant must be left out for {type(model).__name__}, whose linears are "
                 "quantized already"
             )
-        return apply(model, layers_for(model, quant))
+        applied = apply(model, quantized := layers_for(model, quant))
+        if isinstance(model, ConfigMixin):
+            applied.after_undo.append(announce(model, quantized))
+        return applied
     if not (layers := quantized_layers(model)):
         return None
     config = getattr(getattr(model, "config", None), "quantization_config", None)
@@ -123,6 +126,21 @@ def attach(model: nn.Module, quant: Path | QuantizedModel | VditQuantConfig | No
     intervals = config.intervals if isinstance(config, VditQuantConfig) else []
     names = {name.removesuffix(".base_layer"): layer for name, layer in layers.items()}
     return LoadedLayers(model, names, intervals)
+
+
+def announce(model: nn.Module, quantized: QuantizedModel) -> Callable[[], None]:
+    """Let diffusers know that a model is quantized, so that its ``save_pretrained`` writes what
+    ``from_pretrained`` loads; returns what takes that back."""
+    config = described(quantized, str(quantized.report.get("bits", "")))
+    before = model._internal_dict
+    model.hf_quantizer = VditQuantizer(config)
+    model.register_to_config(quantization_config=config)
+
+    def withdraw() -> None:
+        del model.hf_quantizer
+        model._internal_dict = before
+
+    return withdraw
 
 
 def linear_rows(
@@ -187,7 +205,7 @@ def _quantized_facts(name: str, layer: QuantLinear, applied: Applied | None) -> 
 
 def bits_phrase(name: str, layer: QuantLinear, applied: Applied | None) -> str:
     """Bits of a layer's weight, by parts of the sampling where they differ: "8", or "8, 4, 4, 4 by
-    quarters"."""
+    parts of the steps"."""
     full = max(layer.switchable_bits)
     intervals = applied.intervals if applied is not None else ()
     bits = [part.get(name, full) for part in intervals]

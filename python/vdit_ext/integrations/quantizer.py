@@ -154,14 +154,13 @@ class VditQuantizer(DiffusersQuantizer):
         **kwargs: Any,
     ) -> None:
         layer, key = _layer_of(model, param_name)
-        # NOTE: `param_value` has been cast to the model's dtype; scales stay fp32.
+        # `param_value` has been cast to the model's dtype; scales stay fp32.
         stored = state_dict[param_name]
         expected = layer._buffers[key].dtype
         if stored.dtype != expected:
             raise ValueError(
                 f"vdit_ext: {param_name} must be {_name(expected)} by config.json, got {_name(stored.dtype)}; "
-                "the "
-                "files belong to different models"
+                "the files belong to different models"
             )
         layer._buffers[key] = files.aligned(stored.to(target_device))
 
@@ -170,8 +169,7 @@ class VditQuantizer(DiffusersQuantizer):
         if missing and self.pre_quantized:
             raise ValueError(
                 f"vdit_ext: the file must hold all tensors of the quantized layers, {missing[0]} is missing; "
-                "it "
-                "belongs to another model, or is not complete"
+                "it belongs to another model, or is not complete"
             )
         return missing_keys
 
@@ -192,15 +190,13 @@ class VditQuantizer(DiffusersQuantizer):
             except (KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"vdit_ext: config.json must hold the settings of the quantized layer {name}, they are "
-                    "damaged "
-                    f"({type(error).__name__}: {error})"
+                    f"damaged ({type(error).__name__}: {error})"
                 ) from error
             sizes = (new.in_features, new.out_features)
             if not isinstance(old, nn.Linear) or (old.in_features, old.out_features) != sizes:
                 raise ValueError(
                     f"vdit_ext: {name} must be a linear from {sizes[0]} to {sizes[1]} channels by "
-                    "config.json, the "
-                    f"model has {old}"
+                    f"config.json, the model has {old}"
                 )
             parent._modules[leaf] = new
 
@@ -267,6 +263,16 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def described(quantized: QuantizedModel, bits: str) -> VditQuantConfig:
+    """The config of a model that has these layers; ``bits`` is for the reader."""
+    return VditQuantConfig(
+        method=quantized.method,
+        bits=bits,
+        weights={name: layer.config() for name, layer in quantized.layers.items()},
+        intervals=[dict(bits) for bits in quantized.intervals],
+    )
+
+
 def save_quantized(
     folder: str | Path,
     model: nn.Module,
@@ -293,15 +299,10 @@ def save_quantized(
         return files.save(folder, quantized, info=info)
     own = tuple(f"{name}." for name in quantized.layers)
     rest = {key: value for key, value in model.state_dict().items() if not key.startswith(own)}
-    described = VditQuantConfig(
-        method=quantized.method,
-        bits=str(info.get("bits", "")),
-        weights={name: layer.config() for name, layer in quantized.layers.items()},
-        intervals=[dict(bits) for bits in quantized.intervals],
-    )
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    own_config = described(quantized, str(info.get("bits", "")))
     names = {"_class_name": type(model).__name__, "_diffusers_version": _diffusers_version()}
-    config = names | config | {"quantization_config": described.to_dict()}
+    config = names | config | {"quantization_config": own_config.to_dict()}
     return files.save(folder, quantized, info=info, rest=rest, config=config)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,12 +40,14 @@ class Applied:
 
     Attributes:
         layers: the new modules, by name.
+        after_undo: what else :meth:`undo` takes back, once.
     """
 
     def __init__(self, model: nn.Module, places: dict[str, _Place], quantized: QuantizedModel) -> None:
         self._model = model
         self._places = places
         self._intervals = quantized.intervals
+        self.after_undo: list[Callable[[], None]] = []
         self.layers: dict[str, QuantLinear] = {name: place.new for name, place in places.items()}
         if self._intervals:
             self.set_interval(0)
@@ -103,6 +105,8 @@ class Applied:
             parent, leaf = self._slot(name, place)
             parent._modules[leaf] = place.old
         self._places = {}
+        while self.after_undo:
+            self.after_undo.pop()()
 
     def _slot(self, name: str, place: _Place) -> tuple[nn.Module, str]:
         """Where the new module stands now: a LoRA wrapper may have come or gone since."""
@@ -142,8 +146,8 @@ def apply(model: nn.Module, quantized: QuantizedModel) -> Applied:
         An :class:`Applied`, whose ``undo()`` restores the model.
 
     Raises:
-        ValueError: a layer that the model does not have, that is no linear, that has hooks (of offloading, say:
-            quantize first), or another size; one sentence, and the model is as it was.
+        ValueError: a layer that the model does not have, that is no linear, that has hooks (of offloading or
+            ``add_lora``, say: quantize first), or another size; one sentence, and the model is as it was.
     """
     model = getattr(model, "_orig_mod", model)
     check_intervals(quantized)
@@ -240,4 +244,6 @@ def _check(name: str, module: nn.Module, layer: QuantLayer) -> None:
         raise ValueError(f"vdit_ext.quant: {name} must have {wanted}, as when it was quantized")
     hooked = module._forward_hooks or module._forward_pre_hooks
     if hooked or hasattr(module, "_diffusers_hook") or hasattr(module, "_hf_hook"):
-        raise ValueError(f"vdit_ext.quant: {name} must have no hooks, it has some; quantize before offloading")
+        raise ValueError(
+            f"vdit_ext.quant: {name} must have no hooks, it has some; quantize before offloading or add_lora"
+        )

@@ -63,7 +63,7 @@ def save(
     """Write quantized layers into a folder, which is made if it is not there; its other files stay.
 
     Args:
-        folder: where to; files of an earlier run are replaced.
+        folder: where to; files of an earlier run are replaced or, where the new one has none such, removed.
         quantized: what a method returned.
         info: what else is worth keeping, as JSON can hold it: the model's class, settings of the run.
         rest: the transformer's other tensors by name, which makes the folder one for ``from_pretrained``.
@@ -73,7 +73,8 @@ def save(
         The folder.
 
     Raises:
-        ValueError: a report or info that JSON cannot hold, or names of ``rest`` that are the layers' own.
+        ValueError: a report or info that JSON cannot hold, names of ``rest`` that are the layers' own, or a
+            folder that holds another model where ``rest`` is given.
         OSError: the folder cannot be written. Nothing half-written is left in either case.
     """
     folder = Path(folder)
@@ -83,6 +84,7 @@ def save(
         own = layer.tensors() if rest is not None else compact_tensors(layer.config(), layer.tensors())
         tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
     if rest is not None:
+        check_target(folder)
         if both := sorted(tensors.keys() & rest.keys()):
             raise ValueError(f"vdit_ext.quant: rest must not hold tensors of quantized layers, got {both[0]}")
         tensors |= rest
@@ -91,13 +93,42 @@ def save(
     texts = {SETTINGS: _dumped(settings, "report and info")}
     if config is not None:
         texts[CONFIG] = _dumped(dict(config), "config")
+    left_over = _left_over(folder, [name, *texts])
     folder.mkdir(parents=True, exist_ok=True)
     with _staged(folder, [name, *texts]) as paths:
         save_file(unshared(tensors), paths[name], metadata={"format": "pt", "vdit_quant": identity})
         for file, text in texts.items():
             paths[file].write_text(text)
         shutil.copymode(paths[SETTINGS], paths[name])  # safetensors makes files that their owner alone may read
+    for path in left_over:
+        path.unlink(missing_ok=True)
     return folder
+
+
+def check_target(folder: str | Path) -> None:
+    """Raise ValueError, one sentence, where a whole transformer would replace one that is not of :func:`save`,
+    such as the very model that is quantized."""
+    folder = Path(folder)
+    if is_saved(folder):
+        return
+    for name in (CONFIG, WHOLE):
+        if (folder / name).exists():
+            raise ValueError(
+                f"vdit_ext.quant: {folder} must not hold a model that is not quantized, it has {name}; name "
+                "another folder"
+            )
+
+
+def _left_over(folder: Path, names: list[str]) -> list[Path]:
+    """Files of an earlier run that the new one does not replace: those of whole transformers, or of layers."""
+    if not is_saved(folder):
+        return []
+    try:
+        earlier = read_settings(folder)["tensors"]
+    except (ValueError, OSError):
+        return []  # which files were its own is not known
+    own = [WHOLE, CONFIG] if earlier == WHOLE else [LAYERS]
+    return [folder / name for name in own if name not in names]
 
 
 def describe(quantized: QuantizedModel) -> dict[str, Any]:
@@ -172,8 +203,7 @@ def layer_from(config: Any, tensors: Mapping[str, Tensor], path: Path, name: str
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"vdit_ext.quant: the settings of {name} in {path.parent} must be those of a quantized layer, "
-            "they are "
-            f"not ({type(error).__name__}: {error}); quantize again"
+            f"they are not ({type(error).__name__}: {error}); quantize again"
         ) from error
     except ValueError as error:
         raise ValueError(f"vdit_ext.quant: {path}: {error}") from error
@@ -209,8 +239,7 @@ def check_settings(settings: Any, path: Path) -> None:
     if settings.get("version") != VERSION:
         raise ValueError(
             f"vdit_ext.quant: {path} must be of format version {VERSION}, got {settings.get('version')}; "
-            "another "
-            "version of vdit_ext wrote it"
+            "another version of vdit_ext wrote it"
         )
     for key, kind in _SCHEMA.items():
         if not isinstance(settings.get(key), kind):

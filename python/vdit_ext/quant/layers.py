@@ -351,8 +351,7 @@ def linear_layers(model: nn.Module, layers: str | Iterable[str] | None = None) -
     if known is None and layers is None:
         raise TypeError(
             f"vdit_ext.quant: the model's class must be one of {', '.join(CLASSES)}, got "
-            f"{type(model).__name__}; "
-            'name its linears with layers=, such as layers=r"blocks\\..*"'
+            f'{type(model).__name__}; name its linears with layers=, such as layers=r"blocks\\..*"'
         )
     chosen = None if layers is None else _compiled(layers)
     result = LayerList()
@@ -372,7 +371,7 @@ def linear_layers(model: nn.Module, layers: str | Iterable[str] | None = None) -
         raise ValueError(
             f"vdit_ext.quant: layers= must match linears of {type(model).__name__}, got "
             f"{', '.join(p.pattern for p in chosen)}, which match none; names look like "
-            f"{next(iter(result.kept), 'nothing, it has no linears')}"
+            f"{_example(result.kept)}"
         )
     order = _block_order(model, known) if known is not None else {}
     result.quantized = sorted(found, key=lambda info: order.get(info.block, len(order)))
@@ -444,6 +443,13 @@ def _unlisted(name: str, module: nn.Linear) -> LinearInfo:
     number = re.match(r"(.*?\.\d+)\.", name)
     block = number.group(1) if number else name
     return LinearInfo(name, block, SELF, name, module.in_features, module.out_features)
+
+
+def _example(kept: dict[str, str]) -> str:
+    """A name for a message, of a linear that could have been chosen if there is one."""
+    return next(
+        itertools.chain((n for n, why in kept.items() if why == OUTSIDE), kept), "nothing, it has no linears"
+    )
 
 
 def _block_order(model: nn.Module, known: ClassLayers) -> dict[str, int]:
