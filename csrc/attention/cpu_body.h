@@ -24,7 +24,7 @@ using Vec = Simd::Vec;
 constexpr int kLanes = Simd::kLanes;
 constexpr int kRows = Simd::kRows;
 
-// Keys per tile. GFLOP/s of one busy Zen 5 core, 128-row blocks, density 0.1, noise about 10 %:
+// Keys per tile. GFLOP/s of one busy AMD EPYC core, 128-row blocks, density 0.1, noise about 10 %:
 //   keys    fp32 d 64   fp32 d 128   bf16 d 64   bf16 d 128
 //     32       160         156          295         299
 //     64     148-158     166-173      260-299     288-341
