@@ -49,6 +49,7 @@ done
 # Ops with kernels of their own for compute capability 9.0.
 sm90_ops=block_sparse_attention,kmeans_assign,block_mass,block_mass_topk
 sm90_linear_ops=w8a8_linear,w4a8_linear,log4a8_linear
+sm90_vq_ops=vq_linear
 python=${PYTHON:-python3}
 work=$(realpath -m "${VDIT_GPU_BUILD_DIR:-build/gpu}")
 begun=$SECONDS
@@ -142,16 +143,22 @@ PROGRAM
 # sanitize TOOL: NVIDIA's checker over small cases of every op, in a process a family and without torch's memory cache,
 # which would hide accesses past the end of a tensor. With sm90, the ops that have kernels of their own for it.
 sanitize() {
-  sanitize_family "$1" attention '^(?!plan |cuda_graph |stream )(?!.*(S=4096|S=4000|=5000|20000|300x1000|two runs))'
-  local attention=$?
-  [ "$attention" = 0 ] || [ "$attention" = "$FINDINGS" ] || return "$attention"
-  sanitize_family "$1" linear '^(?!cuda_graph |sizes )(?!.*(65536|13824|20480|32784))' || return
-  return "$attention"
+  local found=0 line family select status
+  for line in "attention ^(?!plan |cuda_graph |stream )(?!.*(S=4096|S=4000|=5000|20000|300x1000|two runs))" \
+    "linear ^(?!cuda_graph |sizes )(?!.*(65536|13824|20480|32784))" "vq ^(?!.*(20011|1536x1536|m300|m4096))"; do
+    read -r family select <<< "$line"
+    sanitize_family "$1" "$family" "$select"
+    status=$?
+    [ "$status" = 0 ] || [ "$status" = "$FINDINGS" ] || return "$status"
+    [ "$status" = 0 ] || found=$status
+  done
+  return "$found"
 }
 
 sanitize_family() {
   local tool=$1 family=$2 select=$3 filter=() cases=(--per-op 6)
   [ "${VDIT_LINEAR_KERNEL:-}:$family" = sm90:linear ] && cases=(--op "$sm90_linear_ops" --per-op 8)
+  [ "${VDIT_VQ_KERNEL:-}:$family" = sm90:vq ] && cases=(--op "$sm90_vq_ops" --per-op 8)
   [ "${VDIT_ATTENTION_KERNEL:-}:$family" = sm90:attention ] && cases=(--op "$sm90_ops" --per-op 8)
   echo "compute-sanitizer $tool on $family, attention kernel ${VDIT_ATTENTION_KERNEL:-by default}"
   if [ "$tool" = racecheck ]; then
@@ -190,7 +197,7 @@ counters() {
 }
 
 export -f environment unpack build loads gpu_arch sanitize sanitize_family counters
-export sm90_ops sm90_linear_ops python work wheels arch SKIPPED FINDINGS
+export sm90_ops sm90_linear_ops sm90_vq_ops python work wheels arch SKIPPED FINDINGS
 
 if [ -n "$wheels" ]; then
   # Unpacked beside the build: nothing is installed into the machine's Python.
@@ -227,14 +234,16 @@ CHECKS=(
 )
 if wanted check; then
   for family in "${CHECKS[@]}"; do
-    VDIT_ATTENTION_KERNEL=sm80 VDIT_LINEAR_KERNEL=sm80 stage "check_$family" 150 "$python" bench/check_cuda.py --family "$family" --large \
-      --seconds 140 --out "$out/check_$family.json"
+    VDIT_ATTENTION_KERNEL=sm80 VDIT_LINEAR_KERNEL=sm80 VDIT_VQ_KERNEL=sm80 stage "check_$family" 150 \
+      "$python" bench/check_cuda.py --family "$family" --large --seconds 140 --out "$out/check_$family.json"
   done
   if [ "${kernels[0]}" = sm90 ]; then
     VDIT_ATTENTION_KERNEL=sm90 stage check_attention_sm90 120 "$python" bench/check_cuda.py --family attention --large \
       --op "$sm90_ops,plan,cuda_graph,stream" --seconds 110 --out "$out/check_attention_sm90.json"
     VDIT_LINEAR_KERNEL=sm90 stage check_linear_sm90 90 "$python" bench/check_cuda.py --family linear --large \
       --op "$sm90_linear_ops,sizes,cuda_graph" --seconds 80 --out "$out/check_linear_sm90.json"
+    VDIT_VQ_KERNEL=sm90 stage check_vq_sm90 60 "$python" bench/check_cuda.py --family vq --large \
+      --op "$sm90_vq_ops" --seconds 50 --out "$out/check_vq_sm90.json"
   fi
 fi
 
@@ -266,7 +275,8 @@ fi
 if wanted sanitizer; then
   for tool in memcheck synccheck racecheck; do
     for kernel in "${kernels[@]}"; do
-      VDIT_ATTENTION_KERNEL=$kernel VDIT_LINEAR_KERNEL=$kernel stage "sanitizer_${tool}_$kernel" 110 bash -c "sanitize $tool"
+      VDIT_ATTENTION_KERNEL=$kernel VDIT_LINEAR_KERNEL=$kernel VDIT_VQ_KERNEL=$kernel \
+        stage "sanitizer_${tool}_$kernel" 130 bash -c "sanitize $tool"
     done
   done
 fi
@@ -291,10 +301,16 @@ TIMINGS=(
 if wanted timings; then
   for line in "${TIMINGS[@]}"; do
     read -r name limit arguments <<< "$line"
-    export VDIT_ATTENTION_KERNEL="${kernels[0]}" VDIT_LINEAR_KERNEL="${kernels[0]}"
+    export VDIT_ATTENTION_KERNEL="${kernels[0]}" VDIT_LINEAR_KERNEL="${kernels[0]}" VDIT_VQ_KERNEL="${kernels[0]}"
     # shellcheck disable=SC2086  # the arguments are words
     stage "$name" "$limit" "$python" bench/run.py $arguments --device cuda \
       --out "$out" --name "${date}_gpu_$name"
+  done
+  # From how many rows on the kernels for 9.0 are the faster ones: their tiles are few where rows are.
+  for kernel in "${kernels[@]}"; do
+    VDIT_LINEAR_KERNEL=$kernel stage "linear-rows-$kernel" 45 "$python" bench/run.py linear --device cuda \
+      --shapes 16x5120x5120,64x5120x5120,256x5120x5120,1024x5120x5120 --select product --seconds 1 --min-rounds 3 \
+      --out "$out" --name "${date}_gpu_linear-rows-$kernel"
   done
 fi
 

@@ -133,20 +133,18 @@ PYBIND11_MODULE(_C, m) {
       "step, stages, threads, smem_bytes, and text, all of it in words. compute_capability is that of the "
       "kernel: "
       "90, or 80 for any other. Raises RuntimeError for a head_dim other than 64, 96 or 128.");
-  m.def("linear_path", &linear_path, py::arg("m"), py::arg("n"), py::arg("k"), py::kw_only(),
-        py::arg("weight_format") = "int4", py::arg("table_size") = 16, py::arg("path") = "auto",
-        py::arg("compute_capability") = 80, py::arg("multiprocessors") = 108,
-        "How a product of m rows with a packed weight [n, k] runs on CUDA: path (\"fused\": codes are "
-        "unpacked as "
-        "they are multiplied, or \"expand\": unpacked to int8 first), expand_cost and fused_cost (estimated "
-        "time each "
-        "adds, as a fraction of the int8 product's), scratch_bytes, text, all of it in words, and for "
-        "kernels of compute "
-        "capability 8.0 tile. weight_format is int8, int4, nibble planes or table (of table_size 16 or 8); "
-        "path is what the op was given. Raises RuntimeError for an unknown name.");
+  m.def(
+      "linear_path", &linear_path, py::arg("m"), py::arg("n"), py::arg("k"), py::kw_only(),
+      py::arg("weight_format") = "int4", py::arg("table_size") = 16, py::arg("path") = "auto",
+      py::arg("compute_capability") = 80, py::arg("multiprocessors") = 108,
+      "How a product of m rows with a packed weight [n, k] runs on CUDA: path (\"fused\": codes are unpacked "
+      "as they are multiplied, or \"expand\": unpacked to int8 first), expand_cost and fused_cost (estimated "
+      "time each adds, as a fraction of the int8 product's), scratch_bytes, text, all of it in words, and "
+      "for kernels of compute capability 8.0 tile. weight_format is int8, int4, nibble planes or table (of "
+      "table_size 16 or 8); path is what the op was given. Raises RuntimeError for an unknown name.");
   m.def("vq_path", &vq_path, py::arg("m"), py::kw_only(), py::arg("int8") = false, py::arg("path") = "auto",
         py::arg("compute_capability") = 80,
-        "How vq_linear multiplies m rows on CUDA: path (rows, fused or expand), expand_cost and fused_cost "
-        "(estimated "
-        "time beyond the stock product's, as a fraction of it), and text, all of it in words.");
+        "How vq_linear multiplies m rows on CUDA, with the kernels for compute capability 8.0: path (rows, "
+        "fused or expand), expand_cost and fused_cost (estimated time beyond the stock product's, as a "
+        "fraction of it), and text, all of it in words.");
 }

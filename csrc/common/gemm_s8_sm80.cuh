@@ -7,18 +7,17 @@
 //
 //   template <class Tile>
 //   struct Source {
-//     struct Params { ... };                     // plain data
-//     static constexpr int kFixedBytes;          // shared memory of its own for the whole loop, or 0
-//     static constexpr int kStageBytes;          // shared memory a stage: kBlockN columns, kBlockK deep
-//     Source(Params const&, int64_t n0, char* fixed);    // all threads; n0 is the block's first column. What
-//     it
-//                                                        // stores to `fixed` is seen by fragments() after a
-//                                                        barrier
-//     void fetch(char* stage, int64_t block) const;      // all threads: cp.async of k from block * kBlockK
-//     on, and
-//                                                        // zeros past n and k; no commit
+//     struct Params { ... };             // plain data
+//     static constexpr int kFixedBytes;  // shared memory of its own for the whole loop, or 0
+//     static constexpr int kStageBytes;  // shared memory a stage: kBlockN columns, kBlockK deep
+//     Source(Params const&, int64_t n0, char* fixed);
+//     void fetch(char* stage, int64_t block) const;
 //     void fragments(char const* stage, int step, uint32_t (&b)[Tile::kMmaN][2]) const;
 //   };
+//
+// All threads make a source, for the columns from n0 on: what it stores to `fixed` is seen by `fragments`
+// after a barrier. All threads call `fetch`, which starts cp.async of k from block * kBlockK on, with zeros
+// past n and k, and commits nothing.
 //
 // `fragments` is called by whole warps for step 0 and 1: 32 k from Tile::k_in_block(step) on of the stage,
 // and the warp's Tile::kWarpN columns from Tile::warp_n() on. Lane l gets, for columns 8 j .. 8 j + 7, in

@@ -101,8 +101,7 @@ VDIT_DEVICE void run_gemm(Barrier* full, Barrier* empty, Prepare const& prepare,
 //   Weights(params, fixed, output0) a lane's state for the warp's 32 outputs
 //   Raw                             a lane's codes as they lie in memory
 //   fetch(codes, warp, sub, raw)    reads those of 32 bytes of k, of strip `warp` (0 to 7) of a stage, or
-//   does
-//                                   nothing where `raw` holds them already
+//                                   does nothing where `raw` holds them already
 //   decode(raw, sub, a)             a[0] outputs 0 to 15 of the strip, a[1] 16 to 31, as wgmma takes them
 //   finish<product>(sum)            what a sum of a[product] stands for
 //

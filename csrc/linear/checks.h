@@ -16,9 +16,15 @@ inline void check_channels(char const* op, int64_t k, bool cuda) {
              "; pad x and the weight with zeros");
 }
 
+// What the CUDA kernels load `bytes` at a time. The CPU takes every address, as that of a file that is mapped.
+inline void check_address(char const* op, char const* name, Tensor const& t, int bytes, bool cuda) {
+  VDIT_CHECK(!cuda || t.numel() == 0 || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % bytes == 0, op, name,
+             " must begin at an address divisible by ", bytes, " on CUDA; clone it");
+}
+
 // Tiles of 32 x 32 codes, 512 bytes each.
 inline void check_weight_tiles(char const* op, char const* name, Tensor const& t, int64_t n, int64_t k,
-                               Tensor const& like) {
+                               Tensor const& like, bool cuda) {
   check_same_device(op, name, t, like);
   check_dtype(op, name, t, ScalarType::Byte);
   int64_t const rows = (n + 31) / 32, columns = (k + 31) / 32;
@@ -27,20 +33,18 @@ inline void check_weight_tiles(char const* op, char const* name, Tensor const& t
   VDIT_CHECK(t.numel() == 0 || (t.stride(2) == 1 && (columns == 1 || t.stride(1) == 512) &&
                                 (rows == 1 || t.stride(0) == columns * 512)),
              op, name, " must be contiguous; call .contiguous() on it");
-  VDIT_CHECK(t.numel() == 0 || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, op, name,
-             " must begin at an address divisible by 16; clone it");
+  check_address(op, name, t, 16, cuda);
 }
 
 // [n, 16] for codes of four bits, [n, 8] for three.
-inline int32_t check_code_table(char const* op, Tensor const& t, int64_t n, Tensor const& like) {
+inline int32_t check_code_table(char const* op, Tensor const& t, int64_t n, Tensor const& like, bool cuda) {
   check_same_device(op, "table", t, like);
   check_dtype(op, "table", t, ScalarType::Char);
   VDIT_CHECK(t.dim() == 2 && t.size(0) == n && (t.size(1) == 8 || t.size(1) == 16), op, "table must be [", n,
              ", 16] (four bits) or [", n, ", 8] (three), got ", shape_of(t));
   VDIT_CHECK(t.numel() == 0 || (t.stride(1) == 1 && (n == 1 || t.stride(0) == t.size(1))), op,
              "table must be contiguous; call .contiguous() on it");
-  VDIT_CHECK(t.numel() == 0 || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 8 == 0, op,
-             "table must begin at an address divisible by 8; clone it");
+  check_address(op, "table", t, 8, cuda);
   return static_cast<int32_t>(t.size(1));
 }
 

@@ -66,7 +66,8 @@ inline void normalize_row(float* row, int64_t k, float eps) {
     squares += (row[i] - first) * (row[i] - first);
   }
   more /= static_cast<float>(k);
-  float const variance = squares / static_cast<float>(k) - more * more;
+  float const moment = squares / static_cast<float>(k) - more * more;
+  float const variance = moment < 0 ? 0 : moment;  // of equal numbers it may round to less; a NaN stays
   Vec const rest = Simd::set1(more), factor = Simd::set1(1.f / __builtin_sqrtf(variance + eps));
   for (i = 0; i + kLanes <= k; i += kLanes)
     Simd::store(row + i, (Simd::load(row + i) - from - rest) * factor);

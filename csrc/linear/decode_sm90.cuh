@@ -143,13 +143,13 @@ struct TableWeights {
   VDIT_DEVICE void decode(Raw const& raw, int, uint32_t (&a)[2][4]) const {
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) {
-      uint32_t const codes = raw.word[i];
+      uint32_t const codes = raw.word[i], entry = codes & 0x77777777u;  // PRMT takes bit 3 for a sign
       uint32_t (&to)[4] = a[i / 2];
       if constexpr (kWords == 2) {
-        to[i % 2] = byte_perm(table[i][0], table[i][1], codes);
-        to[i % 2 + 2] = byte_perm(table[i][0], table[i][1], codes >> 16);
+        to[i % 2] = byte_perm(table[i][0], table[i][1], entry);
+        to[i % 2 + 2] = byte_perm(table[i][0], table[i][1], entry >> 16);
       } else {
-        uint32_t const entry = codes & 0x77777777u, half = (codes >> 1 & 0x44444444u) | 0x32103210u;
+        uint32_t const half = (codes >> 1 & 0x44444444u) | 0x32103210u;
         to[i % 2] = look_up(table[i], entry, half);
         to[i % 2 + 2] = look_up(table[i], entry >> 16, half >> 16);
       }

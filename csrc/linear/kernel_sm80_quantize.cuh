@@ -18,7 +18,7 @@ struct QuantizeRowsLaunch {
 template <int kLanes>
 struct RowReduction {
   static constexpr int kWarps = kLanes / 32;
-  static constexpr int kCalls = 4;
+  static constexpr int kCalls = 5;
   static constexpr int kSmemBytes = kWarps > 1 ? kCalls * kWarps * 4 : 0;
   uint32_t* slots;
 
@@ -53,7 +53,7 @@ struct QuantizeRow {
   QuantizeRowsLaunch const& a;
   T const* x;
   int64_t at_scale, at_shift;  // of the row in modulation_scale and shift
-  float mean = 0.f, rstd = 1.f;
+  float rstd = 1.f;            // layer norm's, of channels that the mean was taken off from
 
   VDIT_DEVICE QuantizeRow(QuantizeRowsLaunch const& launch, int64_t row) : a(launch) {
     QuantizeRowsParams const& p = a.p;
@@ -70,17 +70,18 @@ struct QuantizeRow {
 
   VDIT_DEVICE void load(int64_t k, float (&v)[8]) const { load8(x + k, count(k), a.wide_x, v); }
 
-  // The channels' share of the sum, or of the sum of squares around the mean.
+  // The channels' share of the row's sum, and of the sum of squares.
   VDIT_DEVICE float sum(float const (&v)[8]) const {
     return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
   }
-  VDIT_DEVICE float squares(int64_t k, float const (&v)[8]) const {
+  VDIT_DEVICE void take_off(float mean, int64_t k, float (&v)[8]) const {
+    CUTE_UNROLL
+    for (int i = 0; i < 8; ++i) v[i] = i < count(k) ? v[i] - mean : 0.f;
+  }
+  VDIT_DEVICE static float squares(float const (&v)[8]) {
     float total = 0.f;
     CUTE_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      float const d = v[i] - mean;
-      total += i < count(k) ? d * d : 0.f;
-    }
+    for (int i = 0; i < 8; ++i) total += v[i] * v[i];
     return total;
   }
 
@@ -114,7 +115,7 @@ struct QuantizeRow {
       case RowPrologue::kNone: return;
       case RowPrologue::kLayerNorm:
         CUTE_UNROLL
-        for (int i = 0; i < 8; ++i) v[i] = (v[i] - mean) * rstd;
+        for (int i = 0; i < 8; ++i) v[i] *= rstd;
         return;
       case RowPrologue::kGelu:
         CUTE_UNROLL
@@ -231,10 +232,16 @@ struct QuantizeRowsKernel {
     for_each(p, v, [&](int64_t k, float (&part)[8]) { line.load(k, part); });
     if (p.prologue == RowPrologue::kLayerNorm) {
       float const channels = static_cast<float>(p.channels);
-      float total = 0.f, squares = 0.f;
-      for_each(p, v, [&](int64_t, float (&part)[8]) { total += line.sum(part); });
-      line.mean = reduce.sum(total) / channels;
-      for_each(p, v, [&](int64_t k, float (&part)[8]) { squares += line.squares(k, part); });
+      // Twice: a mean as summed is off by its rounding, which shows where the row is far off zero.
+      CUTE_UNROLL
+      for (int turn = 0; turn < 2; ++turn) {
+        float total = 0.f;
+        for_each(p, v, [&](int64_t, float (&part)[8]) { total += line.sum(part); });
+        float const mean = reduce.sum(total) / channels;
+        for_each(p, v, [&](int64_t k, float (&part)[8]) { line.take_off(mean, k, part); });
+      }
+      float squares = 0.f;
+      for_each(p, v, [&](int64_t, float (&part)[8]) { squares += line.squares(part); });
       line.rstd = 1.f / sqrtf(reduce.sum(squares) / channels + p.eps);
     }
     uint32_t magnitude = 0;
@@ -276,23 +283,26 @@ struct QuantizeLongRowsKernel {
     int64_t const row = block_idx_x();
     QuantizeRow<T> line(a, row);
     RowReduction<kThreads> reduce{reinterpret_cast<uint32_t*>(smem)};
+    float mean = 0.f, rest = 0.f;  // of the channels, and of their distances from that
     if (p.prologue == RowPrologue::kLayerNorm) {
       float const channels = static_cast<float>(p.channels);
-      float total = 0.f, squares = 0.f;
-      for_each(line, [&](int64_t, float (&v)[8]) { total += line.sum(v); });
-      line.mean = reduce.sum(total) / channels;
-      for_each(line, [&](int64_t k, float (&v)[8]) { squares += line.squares(k, v); });
+      float total = 0.f, distances = 0.f, squares = 0.f;
+      for_each(line, 0.f, 0.f, [&](int64_t, float (&v)[8]) { total += line.sum(v); });
+      mean = reduce.sum(total) / channels;
+      for_each(line, mean, 0.f, [&](int64_t, float (&v)[8]) { distances += line.sum(v); });
+      rest = reduce.sum(distances) / channels;
+      for_each(line, mean, rest, [&](int64_t, float (&v)[8]) { squares += line.squares(v); });
       line.rstd = 1.f / sqrtf(reduce.sum(squares) / channels + p.eps);
     }
     uint32_t magnitude = 0;
-    for_each(line, [&](int64_t k, float (&v)[8]) {
+    for_each(line, mean, rest, [&](int64_t k, float (&v)[8]) {
       line.transform(k, v);
       uint32_t const mine = QuantizeRow<T>::magnitude(v);
       magnitude = mine > magnitude ? mine : magnitude;
     });
     RowScale const scale(reduce.max(magnitude), p.q_max);
     int32_t sum = 0;
-    for_each(line, [&](int64_t k, float (&v)[8]) {
+    for_each(line, mean, rest, [&](int64_t k, float (&v)[8]) {
       line.transform(k, v);
       sum += scale.store(v, p.codes + row * p.stride_codes, k, p.stride_codes);
     });
@@ -301,11 +311,13 @@ struct QuantizeLongRowsKernel {
   }
 
   template <class F>
-  VDIT_DEVICE static void for_each(QuantizeRow<T> const& line, F const& f) {
+  VDIT_DEVICE static void for_each(QuantizeRow<T> const& line, float mean, float rest, F const& f) {
     for (int64_t first = 0; first < line.a.p.stride_codes; first += kThreads * 8) {
       int64_t const k = first + thread_idx() * 8;
       float v[8];
       line.load(k, v);
+      line.take_off(mean, k, v);
+      line.take_off(rest, k, v);
       f(k, v);
     }
   }

@@ -27,9 +27,8 @@ void check_linear(LinearParams const& p) {
   bool const int8 = p.format == WeightFormat::kInt8;
   if (!all_multiples(16, {p.x, p.weight, p.weight_low}, 1, {p.stride_x, int8 ? p.stride_weight : 0})) {
     refuse(op,
-           "on CUDA rows of x and the weight must start at multiples of 16 bytes, got a pointer or a stride "
-           "that "
-           "does not; align them.");
+           "on CUDA rows of x and the weight must start at multiples of 16 bytes, "
+           "got a pointer or a stride that does not; align them.");
   }
   if (p.m > 0x7fffffff || p.epilogue.rows_per_batch > 0x7fffffff) {
     refuse(op, "on CUDA there must be fewer than 2^31 rows, got " + std::to_string(p.m) + ".");

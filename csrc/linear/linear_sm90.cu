@@ -21,8 +21,7 @@ void run_linear_sm90(LinearParams const& p, void* stream) {
   if (!can_run_linear_sm90(p)) {
     throw std::runtime_error(
         "vdit::linear: 16 to 65,536 channels, a multiple of 16, and rows at multiples of 16 bytes were "
-        "expected by "
-        "the sm90 kernel, got others; call run_linear_sm80.");
+        "expected by the sm90 kernel, got others; call run_linear_sm80.");
   }
   auto const tile = pick_linear_tile_sm90(p, multiprocessors());
   switch (p.format) {

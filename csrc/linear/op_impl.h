@@ -132,8 +132,8 @@ struct LinearOps {
     e.n = p.n;
     e.k = p.k;
     std::vector<int64_t> const shape{p.n, p.k};
-    Tensor const wide = padded_codes(like, shape);
-    e.out = static_cast<int8_t*>(const_cast<void*>(wide.const_data_ptr()));
+    Tensor wide = padded_codes(like, shape);
+    e.out = wide.mutable_data_ptr<int8_t>();
     e.stride_out = (p.k + 15) / 16 * 16;
     Backend::run(scope, e, like);
     p.format = WeightFormat::kInt8;
@@ -190,11 +190,11 @@ struct LinearOps {
     Tensor held;
     VDIT_CHECK(weight_scale.dim() == 1, op, "weight_scale must be [N], got ", shape_of(weight_scale));
     RowShape const rows = set_activations(op, x, weight_scale.size(0), p, held);
-    check_weight_tiles(op, "weight", weight, p.n, p.k, x);
+    check_weight_tiles(op, "weight", weight, p.n, p.k, x, Backend::kCuda);
     p.format = WeightFormat::kInt4;
     p.weight = weight.const_data_ptr();
     if (weight_low) {
-      check_weight_tiles(op, "weight_low", *weight_low, p.n, p.k, x);
+      check_weight_tiles(op, "weight_low", *weight_low, p.n, p.k, x, Backend::kCuda);
       p.format = WeightFormat::kNibblePlanes;
       p.weight_low = weight_low->const_data_ptr();
     }
@@ -213,10 +213,10 @@ struct LinearOps {
     Tensor held;
     VDIT_CHECK(weight_scale.dim() == 1, op, "weight_scale must be [N], got ", shape_of(weight_scale));
     RowShape const rows = set_activations(op, x, weight_scale.size(0), p, held);
-    check_weight_tiles(op, "weight", weight, p.n, p.k, x);
+    check_weight_tiles(op, "weight", weight, p.n, p.k, x, Backend::kCuda);
     p.format = WeightFormat::kTable;
     p.weight = weight.const_data_ptr();
-    p.table_size = check_code_table(op, table, p.n, x);
+    p.table_size = check_code_table(op, table, p.n, x, Backend::kCuda);
     p.table = table.const_data_ptr<int8_t>();
     EpilogueTensors t{x_scale, std::nullopt, weight_scale, std::nullopt, bias, gate, residual};
     Scope scope(x);
@@ -246,13 +246,13 @@ struct LinearOps {
   static Tensor expand_w4(Tensor weight, int64_t out_features, int64_t in_features, OptTensor weight_low) {
     char const* op = "expand_w4";
     check_sizes(op, out_features, in_features);
-    check_weight_tiles(op, "weight", weight, out_features, in_features, weight);
+    check_weight_tiles(op, "weight", weight, out_features, in_features, weight, Backend::kCuda);
     ExpandWeightParams e;
     e.n = out_features;
     e.k = in_features;
     e.weight = weight.const_data_ptr();
     if (weight_low) {
-      check_weight_tiles(op, "weight_low", *weight_low, out_features, in_features, weight);
+      check_weight_tiles(op, "weight_low", *weight_low, out_features, in_features, weight, Backend::kCuda);
       e.format = WeightFormat::kNibblePlanes;
       e.weight_low = weight_low->const_data_ptr();
     }
@@ -263,13 +263,13 @@ struct LinearOps {
     char const* op = "expand_log4";
     VDIT_CHECK(table.dim() == 2, op, "table must be [N, 16] or [N, 8], got ", shape_of(table));
     check_sizes(op, table.size(0), in_features);
-    check_weight_tiles(op, "weight", weight, table.size(0), in_features, weight);
+    check_weight_tiles(op, "weight", weight, table.size(0), in_features, weight, Backend::kCuda);
     ExpandWeightParams e;
     e.n = table.size(0);
     e.k = in_features;
     e.format = WeightFormat::kTable;
     e.weight = weight.const_data_ptr();
-    e.table_size = check_code_table(op, table, e.n, weight);
+    e.table_size = check_code_table(op, table, e.n, weight, Backend::kCuda);
     e.table = table.const_data_ptr<int8_t>();
     return run_expand(op, e, weight);
   }

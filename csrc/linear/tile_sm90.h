@@ -28,9 +28,8 @@ struct LinearTileSm90 {
 //
 // A tile of t x o takes t + o bytes a channel from L2 (t + o / 2 with four-bit codes) for t * o / 4096 cycles
 // of int8 products. An SM has some 39 bytes a cycle at most, and public kernels sustain 24 to 30:
-//   int8           256 x 160: 42;  lost: 256 x 192: 37, but 192 registers of sums leave its epilogue too few,
-//   and
-//                  20 to 190 bytes are spilled whichever way it is written; 128 x 256, 256 x 128: 48
+//   int8           256 x 160: 42;  lost: 256 x 192: 37, but 192 registers of sums leave its epilogue too
+//                  few, and 20 to 190 bytes are spilled whichever way it is written; 128 x 256, 256 x 128: 48
 //   4-bit codes    128 x 256: 32;  lost: 256 x 128: 40
 //   nibble planes  128 x 256: 48
 // NOTE: calculated, nothing of this has been timed.

@@ -2,7 +2,7 @@
 // (common/gemm_sm90.cuh) asks for. A quad of four neighbouring channels is one register of it; the layouts
 // are those of vdit/vq.h.
 #pragma once
-#include "common/device_sm90.h"
+#include "common/gemm_sm90.cuh"
 #include "common/tma.h"
 
 namespace vdit::sm90 {
@@ -49,7 +49,7 @@ struct VqWeights256x4 : VqWeightsBase<512> {
       : words(reinterpret_cast<char const*>(fixed.words) + lane_idx() * 4) {}
 
   VDIT_DEVICE static void fill(Params const& p, Fixed& fixed) {
-    for (int i = warp_idx(); i < 256; i += 12) {
+    for (int i = warp_idx(); i < 256; i += kGemmThreads / 32) {
       fixed.words[i * 32 + lane_idx()] = static_cast<uint32_t const*>(p.codebook)[i];
     }
   }

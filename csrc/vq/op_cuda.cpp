@@ -60,12 +60,13 @@ struct CudaVq {
     run_linear_sm80(p, s.stream);
   }
 
-  // torch's own linear, which on a GPU is cuBLAS.
+  // torch's own linear, which on a GPU is cuBLAS. In x's type also where the caller's autocast has another.
   static Tensor torch_linear(Tensor const& x, Tensor const& weight, std::optional<Tensor> const& bias) {
     std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
                                       torch::stable::detail::from(bias)};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensor>(stack[0]);
+    Tensor const product = torch::stable::detail::to<Tensor>(stack[0]);
+    return product.scalar_type() == x.scalar_type() ? product : torch::stable::to(product, x.scalar_type());
   }
 
   static Tensor multiply_expanded(Scope& s, VqLinearParams const& p, std::optional<Tensor> const& bias, Tensor const& x,

@@ -67,7 +67,7 @@ inline VqPathChoice vq_path(int64_t m, bool is_int8, std::string const& asked, i
 }
 
 // Which of its loops the CPU runs.
-// NOTE: microseconds of one Zen 5 core on 1536 x 1536 bf16 with 256 words of 4, other programs running:
+// NOTE: microseconds of one Zen 4 core on 1536 x 1536 bf16 with 256 words of 4, other programs running:
 //   rows        1    2    4    8   16
 //   few rows  222  242  283  570
 //   many      500  500  500  500  503   (a vector holds 16 rows)

@@ -57,8 +57,7 @@ void run_vq_linear_sm90(VqLinearParams const& p, void* stream) {
   if (!can_run_vq_linear_sm90(p)) {
     throw std::runtime_error(
         "vdit::vq_linear: int8 rows of 16 to 65,536 channels, a multiple of 16, at multiples of 16 bytes "
-        "were "
-        "expected by the sm90 kernel, got others; call run_vq_linear_sm80.");
+        "were expected by the sm90 kernel, got others; call run_vq_linear_sm80.");
   }
   sm90::vq_int8(p, pick_vq_tile_sm90(p, multiprocessors()), stream);
 }

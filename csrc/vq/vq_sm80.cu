@@ -17,9 +17,8 @@ void check_vq_linear(VqLinearParams const& p) {
     refuse("on CUDA there must be fewer than 2^31 rows, got " + std::to_string(p.m) + ".");
   if (!all_multiples(16, {p.x, p.codes, p.codebook}, p.is_int8 ? 1 : 2, {p.stride_x})) {
     refuse(
-        "on CUDA rows of x, codes and codebook must start at multiples of 16 bytes, got a pointer or a "
-        "stride that "
-        "does not; align them.");
+        "on CUDA rows of x, codes and codebook must start at multiples of 16 bytes, "
+        "got a pointer or a stride that does not; align them.");
   }
 }
 

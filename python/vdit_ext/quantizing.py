@@ -269,7 +269,9 @@ def _quantize(
                 model,
                 calibration,
                 layers=infos,
-                progress=lambda ready, total, name, before=before: tell(before + ready, len(layers)),
+                progress=lambda ready, total, name, before=before: tell(
+                    min(before + ready, len(layers)), len(layers)
+                ),
                 **common,
             )
             partial.keep_block(component, block, part)

@@ -197,7 +197,8 @@ def test_gpu_script_dry_run():
     names = stages_of()
     # Correctness first, then the figures, then the rest; without a GPU, 9.0 is taken.
     assert names[:6] == ["environment", "build", "loads", "check_attention", "check_linear", "check_vq"]
-    assert names[6:10] == ["check_attention_sm90", "check_linear_sm90", "figures-sm90", "figures-sm80"]
+    assert names[6:9] == ["check_attention_sm90", "check_linear_sm90", "check_vq_sm90"]
+    assert names[9:11] == ["figures-sm90", "figures-sm80"]
     assert names.index("layer") < names.index("sanitizer_memcheck_sm90") < names.index("planner-hunyuan")
     assert names[-1] == "counters_sm80" and {"svg2-hunyuan", "overlap-sm90"} <= set(names)
     checkers = {

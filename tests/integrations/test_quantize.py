@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import vdit_ext
 from vdit_ext.integrations import accelerate, explain, handle_of, save_quantized
+from vdit_ext.integrations.quantize import _kernel_capability
 from vdit_ext.integrations.quantizer import VditQuantConfig, quantized_layers
 from vdit_ext.quant import QuantLinear, files, linear_layers, methods
 from vdit_ext.quant.calibration import calibrate
@@ -342,6 +343,14 @@ def test_every_class_loads_quantized_weights(case, tmp_path):
     loaded = type(model).from_pretrained(tmp_path)
     with accelerate(model, quant=tmp_path), accelerate(loaded):
         assert torch.equal(run(loaded, case), run(model, case))
+
+
+def test_the_explained_path_is_that_of_the_kernel_that_runs(monkeypatch):
+    """A GPU of 9.0 runs the kernels for 8.0 until it is asked for the others."""
+    monkeypatch.delenv("VDIT_LINEAR_KERNEL", raising=False)
+    assert [_kernel_capability(device) for device in ((8, 0), (9, 0), (10, 0))] == [80, 80, 80]
+    monkeypatch.setenv("VDIT_LINEAR_KERNEL", "sm90")
+    assert [_kernel_capability(device) for device in ((8, 0), (9, 0), (10, 0))] == [80, 90, 80]
 
 
 def test_scales_stay_wide_in_a_narrow_model(tmp_path):

@@ -1,4 +1,4 @@
-"""Prints one digest of everything in the linear family that is exact: sums, expanded weights, codes."""
+"""Prints one digest of all in the linear family that is the same everywhere: sums, outputs, expanded weights, codes."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ def digest() -> str:
             add(getattr(torch.ops.vdit, inputs.op)(*inputs.args, **inputs.kwargs))
             if format != "int8":
                 add(getattr(torch.ops.vdit, inputs.op)(*inputs.args, **inputs.kwargs, path="expand"))
+    for case in cases.epilogues:
+        for format in ("int8", "int4"):
+            inputs = cases.make_linear(case, format, torch.float32)
+            add(getattr(torch.ops.vdit, inputs.op)(*inputs.args, **inputs.kwargs))
     for case in cases.plain_rows:
         inputs = cases.make_rows(case, torch.bfloat16)
         for t in torch.ops.vdit.quantize_rows(inputs.x, **inputs.kwargs):

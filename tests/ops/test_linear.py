@@ -187,6 +187,32 @@ def test_every_number_of_rows(backend, format):
         assert torch.equal(call(backend, part).long(), whole[:m]), m
 
 
+def test_the_fourth_bit_of_three_bit_codes_is_not_read(backend):
+    codes = torch.randint(0, 16, (40, 64), generator=generator(0), dtype=torch.uint8)
+    inputs = cases.make_linear(cases.LinearCase("bit", (9,), 64, 40), "log3").raw()
+    x, x_scale, _, table, scale = inputs.args
+    inputs.args = x, x_scale, ops.pack_log4(codes), table, scale
+    expected = x.long() @ table.long().gather(1, codes.long() & 7).T
+    for path in ("fused", "expand"):
+        assert torch.equal(call(backend, inputs, path=path).cpu().long(), expected), path
+
+
+@pytest.mark.parametrize("format", cases.FORMATS)
+def test_the_cpu_takes_weights_at_any_address(format):
+    """As a file that is mapped has them."""
+
+    def moved(t: torch.Tensor) -> torch.Tensor:
+        bytes_ = torch.empty(t.nbytes + 1, dtype=torch.int8)[1:]
+        return bytes_.view(t.dtype).view(t.shape).copy_(t)
+
+    inputs = cases.make_linear(cases.LinearCase("moved", (9,), 144, 70), format)
+    run = getattr(ops, inputs.op)
+    expected = run(*inputs.args, **inputs.kwargs)
+    args = [moved(t) if t.element_size() == 1 else t for t in inputs.args]
+    kwargs = {k: moved(v) if k == "weight_low" else v for k, v in inputs.kwargs.items()}
+    assert torch.equal(run(*args, **kwargs), expected)
+
+
 def test_weight_rows_need_not_touch(backend):
     wide = torch.randint(-128, 128, (40, 96), generator=generator(0), dtype=torch.int8)
     x = torch.randint(-128, 128, (5, 64), generator=generator(1), dtype=torch.int8)

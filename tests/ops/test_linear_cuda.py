@@ -118,7 +118,7 @@ def test_long_products_expand_and_short_ones_do_not():
 
 
 def test_wgmma_unpacks_four_bits_for_nothing_and_planes_not():
-    """What csrc/linear/sm90.md calculates: planes fill shared memory more than int8 weights do."""
+    """What csrc/linear/README.md calculates: planes fill shared memory more than int8 weights do."""
     int4, planes = (
         _C.linear_path(8192, 5120, 5120, weight_format=name, compute_capability=90)
         for name in ("int4", "nibble planes")

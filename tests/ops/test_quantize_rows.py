@@ -122,6 +122,14 @@ def test_an_overflow_of_the_transform_is_not_finite(backend):
         backend.ops.quantize_rows(x, channel_scale=torch.full((32,), 1e3))
 
 
+@pytest.mark.parametrize("k", [96, 13824, 65536])
+def test_equal_numbers_are_zero_after_layer_norm(backend, k):
+    """Their sum is rounded, and a variance by its moments may come out below 0: neither may show."""
+    x = torch.tensor([3.7, 125644.328, 149648.69, 128808744.0])[:, None].expand(4, k).contiguous()
+    codes, scale, _ = call(backend, cases.RowsInputs(x, {"prologue": "layer_norm"}))
+    assert (codes == 0).all() and (scale == 0).all()
+
+
 def test_numbers_too_small_to_divide_by_are_zero(backend):
     x = torch.zeros(3, 32, device=backend.device)
     x[1, 5] = 1e-31

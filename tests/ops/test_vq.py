@@ -314,6 +314,17 @@ def test_linear_epilogues(backend, case, dtype, dim):
         assert_close(run(backend, inputs, path=path), expected, what=path)
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["bare", "residual"])
+def test_autocast_does_not_change_the_type(backend, residual):
+    """torch's linear, which multiplies an expanded weight, follows it."""
+    inputs = cases.make_linear(cases.LinearCase("cast", (20,), residual=residual), 4, torch.bfloat16)
+    expected = defs.vq_linear_naive(*inputs.args, **inputs.kwargs)
+    with torch.autocast(backend.device, dtype=torch.float16):
+        out = run(backend, inputs, path="expand")
+    assert out.dtype == torch.bfloat16
+    assert_close(out, expected)
+
+
 @by_dim
 @pytest.mark.parametrize("rows", [1, 20])
 @pytest.mark.parametrize("out_dtype", FLOATS, ids=str)

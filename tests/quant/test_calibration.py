@@ -28,6 +28,15 @@ def test_statistics_are_those_of_all_inputs_of_all_calls(model):
     assert set(found.layers) == {info.name for info in layers_of(model)}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_statistics_of_other_dtypes_are_those_of_their_values(model, dtype):
+    model, x = model.to(dtype), (300 * normal(20, 96)).to(dtype)  # squares beyond fp16
+    found = calibrate(model, lambda: model(x), layers=layers_of(model)[:1])["blocks.0.attn.to_q"]
+    assert torch.equal(found.amax, x.abs().amax(0).to(torch.float32))
+    assert found.rms == pytest.approx(float(x.double().square().mean().sqrt()), rel=1e-6)
+    assert found.rows.dtype == dtype
+
+
 def test_inputs_of_later_layers_are_theirs(model):
     x, inner = normal(30, 96), []
     model.blocks[1].down.register_forward_pre_hook(lambda module, args: inner.append(args[0]))

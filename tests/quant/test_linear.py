@@ -306,3 +306,12 @@ def test_symmetric_codes_have_no_zero():
     weight = to_int8(round_weight(normal(N, K), 8, symmetric=True))
     assert weight.zero is None and isinstance(weight, Int8Weight)
     assert weight.codes.min() >= -127
+
+
+@pytest.mark.parametrize("form", ["dense", "vq-2"])
+def test_a_rotation_without_tensors_reaches_float_weights(form):
+    turned, x = InputTransform(hadamard=32, bits=0), normal(7, K, seed=3)
+    weight = weights()[form]
+    assert not turned.tensors()
+    assert_close = torch.testing.assert_close
+    assert_close(QuantLinear(QuantLayer(weight, None, turned))(x), turned.rows(x) @ weight.dequantize().T)

@@ -91,9 +91,10 @@ def test_lrq_dit_09_09_j_of_ones_is_1(layers, calibration):
     """J of ones is 1; the report has it for every layer, before the mask."""
     model = nn.Sequential(nn.Linear(128, 16)).requires_grad_(False)
     found = list(linear_layers(model, layers="0"))
-    ones = calibrate(model, lambda: model(torch.ones(4, 7, 128)), layers=found)
-    report = lrq_dit.quantize(model, ones, layers=found, steps=2).report["layers"]["0"]
-    assert report["j"] == pytest.approx(1, abs=1e-6)
+    for size in (1.0, 3.0):
+        same = calibrate(model, lambda size=size: model(torch.full((4, 7, 128), size)), layers=found)
+        report = lrq_dit.quantize(model, same, layers=found, steps=2).report["layers"]["0"]
+        assert report["j"] == pytest.approx(size, abs=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["corrected", "paper"])
@@ -277,6 +278,16 @@ def test_measured_routing_judges_by_the_layers_own_transform():
     assert got == pytest.approx(found["hadamard_db"], abs=1e-6)
 
 
+def test_measured_routing_judges_on_other_rows_than_it_fits(monkeypatch):
+    rows, fitted, judged = outlier_rows([5, 200]), [], []
+    fit, judge = lrq_dit.fit_dual_rotation, lrq_dit.activation_snr
+    monkeypatch.setattr(lrq_dit, "fit_dual_rotation", lambda x, **k: (fitted.append(x), fit(x, **k))[1])
+    monkeypatch.setattr(lrq_dit, "activation_snr", lambda t, x: (judged.append(x), judge(t, x))[1])
+    route_of(rows, steps=2)
+    assert len(fitted) == 1 and torch.equal(fitted[0], rows[:128])
+    assert len(judged) == 2 and all(torch.equal(x, rows[128:]) for x in judged)
+
+
 @pytest.mark.parametrize("size, route", [(0.99, "hadamard"), (1.01, "dual")])
 def test_paper_routing_asks_for_j(size, route):
     """J of the layer's input as it comes: at least 1 is dual, however flat the input is."""
@@ -402,13 +413,14 @@ def test_bad_settings(model, layers, calibration, settings, message):
         lrq_dit.quantize(model, calibration, layers=layers, **settings)
 
 
-def test_bad_weights_are_named():
+@pytest.mark.parametrize("routing", ["hadamard", "measured"])
+def test_bad_weights_are_named(routing):
     model = small_model()
     found = list(linear_layers(model, layers=r"\d"))
     statistics = calibrate(model, lambda: model(inputs()), layers=found)
     model[3].weight[5, 6] = float("nan")
     with pytest.raises(ValueError, match="^3: the weight must be finite"):
-        lrq_dit.quantize(model, statistics, layers=found, routing="hadamard")
+        lrq_dit.quantize(model, statistics, layers=found, routing=routing)
 
 
 def test_uncalibrated_layers_are_named(model, layers, calibration):

@@ -9,6 +9,7 @@ from torch import nn
 
 from vdit_ext.quant import QuantizedModel, QuantLayer, apply, baselines, linear_layers, measure, vidit_q
 from vdit_ext.quant.hadamard import random_signs
+from vdit_ext.quant.rotation import fit_dual_rotation
 from vdit_ext.quant.transform import InputTransform
 from vdit_ext.quant.uniform import round_weight, store, to_planes
 
@@ -20,16 +21,19 @@ def test_snr_of_known_error():
     assert math.isnan(measure.snr(x * 0, x))
 
 
-@pytest.mark.parametrize("hadamard", [0, 64])
-def test_effective_weight_undoes_mask_and_rotation(hadamard):
+@pytest.mark.parametrize("rotation", [0, 16, 240, "dual"])
+def test_effective_weight_undoes_mask_and_rotation(rotation):
     torch.manual_seed(0)
-    weight, mask = torch.randn(24, 128), torch.rand(128) + 0.5
-    transform = InputTransform(mask, hadamard, random_signs(128, 0) if hadamard else None)
+    weight, mask = torch.randn(24, 240), torch.rand(240) + 0.5
+    dual = fit_dual_rotation(torch.randn(9, 240), block=80, steps=5) if rotation == "dual" else None
+    hadamard = rotation if dual is None else 0  # 240 = 60 * 4, of which the part of 60 is not symmetric
+    transform = InputTransform(mask, hadamard, random_signs(240, 0) if hadamard else None, dual)
+    torch.testing.assert_close(transform.plain_weight(transform.weight(weight)), weight, rtol=1e-4, atol=1e-5)
     layer = QuantLayer(store(round_weight(transform.weight(weight), 8)), None, transform)
-    x = torch.randn(16, 128)
+    x = torch.randn(16, 240)
     direct = transform.rows(x) @ layer.weight.dequantize().T
     torch.testing.assert_close(x @ measure.effective_weight(layer).T, direct, rtol=1e-4, atol=1e-4)
-    linear = nn.Linear(128, 24, bias=False)
+    linear = nn.Linear(240, 24, bias=False)
     linear.weight.data.copy_(weight)
     assert 35 < measure.weight_snr(linear, layer) < 60
 

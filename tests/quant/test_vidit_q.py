@@ -71,6 +71,13 @@ def test_zero_is_a_code_of_the_asymmetric_grid(bits):
     assert grid.scale.isfinite().all() and (grid.scale > 0).all()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_zero_is_a_code_of_rows_of_one_sign(bits):
+    above = normal(4, 300).abs() + 1
+    zero = round_weight(torch.cat([above, -above]), bits).zero  # the code -zero stands for 0
+    assert ((-zero >= 0) & (-zero <= 2**bits - 1)).all()
+
+
 def test_pack_and_unpack_are_inverse_for_every_code_at_every_place():
     n, k = 33, 70  # ragged both ways
     base = torch.arange(n)[:, None] * 5 + torch.arange(k)[None] * 3
@@ -152,6 +159,14 @@ def test_mask_and_rotation_leave_the_product_as_it_is(channels, size):
     assert (y - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
+def test_the_mask_of_a_group_is_that_of_its_weights_joined():
+    amax = normal(96, seed=11).abs() + 0.1
+    weights = [normal(24, 96, seed=12), normal(8, 96, seed=13, std=3), normal(40, 96, seed=14)]
+    joined = channel_mask(amax, [torch.cat(weights)], 0.5)
+    assert torch.equal(channel_mask(amax, weights, 0.5), joined)
+    assert all(not torch.equal(channel_mask(amax, [weight], 0.5), joined) for weight in weights)
+
+
 @pytest.mark.parametrize("planes", [False, True], ids=["int4", "planes"])
 @pytest.mark.parametrize("seed", range(5))
 def test_mask_with_rotation_gains_six_decibels_over_either(seed, planes):
@@ -196,6 +211,18 @@ def test_high_plane_alone_is_within_8_255ths_of_the_range():
     codes, scale, _ = ops.quantize_rows(x)
     exact = (codes.double() * scale.double()[:, None]) @ weight.dequantize(4).double().T
     assert_close(layer(x), exact.float(), what="product with the high plane")
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rows_of_zeros_stay_so_in_planes_at_either_precision(symmetric):
+    values = normal(40, 64, seed=12)
+    values[[3, 39]] = 0
+    weight = to_planes(round_weight(values, 8, symmetric=symmetric))
+    for bits in (8, 4):
+        assert not weight.dequantize(bits)[[3, 39]].any() and weight.dequantize(bits)[4].any()
+        layer = QuantLinear(QuantLayer(weight))
+        layer.set_bits(bits)
+        assert not layer(normal(5, 64))[:, [3, 39]].any()
 
 
 def test_map_of_eights_is_plain_w8a8_bitwise():
@@ -467,12 +494,25 @@ def test_layers_that_were_not_calibrated_fail_with_a_sentence(tiny):
         quantize(model, some, bits="w4a8", layers=layers)
 
 
-def test_weights_that_are_not_finite_fail_with_the_layers_name(tiny):
+def test_a_calibration_is_asked_for_where_something_is_searched(tiny):
+    model, _, layers, _ = tiny
+    for settings in (
+        {"bits": "w4a8"},
+        {"bits": "w8a8", "alpha": 0.5},
+        {"bits": "w8a8", "bias_correction": True},
+    ):
+        with pytest.raises(KeyError, match="blocks.0.attn.to_q must have been calibrated"):
+            quantize(model, None, layers=layers, **settings)
+    assert quantize(model, None, bits="w8a8", layers=layers).layers
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8"])
+def test_weights_that_are_not_finite_fail_with_the_layers_name(tiny, bits):
     model, x, _, found = tiny
     broken = Tiny()
     broken.blocks[1].up.weight[3, 4] = torch.nan
     with pytest.raises(ValueError, match=r"^blocks.1.up: the weight must be finite"):
-        quantize(broken, found, bits="w8a8", layers=layers_of(broken))
+        quantize(broken, found, bits=bits, layers=layers_of(broken))
 
 
 def test_channels_beyond_exact_int32_fail_with_the_layers_name():

@@ -19,8 +19,9 @@ from vdit_ext.quant import (
     vq4dit,
     vq_training,
 )
+from vdit_ext.quant import kmeans_vq as kmeans
 from vdit_ext.quant.accounting import MIB, LinearSize, dit_linears, vq_size
-from vdit_ext.quant.block_calls import Strata, record_calls
+from vdit_ext.quant.block_calls import Strata, record_calls, spare_memory
 from vdit_ext.quant.kmeans_vq import (
     FORMATS,
     VQFormat,
@@ -142,6 +143,15 @@ def test_a_weight_of_zeros_is_kept():
 
 def test_kmeans_stops_once_nothing_moves():
     assert len(kmeans_vq(gaussian(8, 4), 8, iterations=100).errors) == 2
+
+
+def test_many_words_are_seeded_from_some_of_them(monkeypatch):
+    words = gaussian(6000, 4)
+    every = kmeans_vq(words, 64, iterations=20)
+    monkeypatch.setattr(kmeans, "SEED_WORDS", 1000)
+    some, again = (kmeans_vq(words, 64, iterations=20) for _ in range(2))
+    assert torch.equal(some.codebook, again.codebook) and not torch.equal(some.codebook, every.codebook)
+    assert some.errors[-1] < 1.03 * every.errors[-1]
 
 
 def test_small_layers_get_fewer_codewords():
@@ -472,6 +482,20 @@ def test_calibration_brings_blocks_closer_than_kmeans():
         assert report["calibrated"] < 0.9 * report["kmeans"]
 
 
+def test_end_to_end_calibration_brings_the_model_closer_than_kmeans():
+    model = tiny_dit()
+    full = forward(model)
+    settings = {"steps": 60, "codebook_steps": 40, "calls": 12, "iterations": 3}
+    found = {}
+    for name, quantized in {
+        "kmeans": vq4dit.quantize_kmeans(model, iterations=3),
+        "end_to_end": quantize_dit(model, mode="end_to_end", **settings),
+    }.items():
+        with apply(model, quantized):
+            found[name] = snr(full, forward(model))
+    assert found["end_to_end"] > found["kmeans"] + 0.5
+
+
 def test_the_settings_of_the_released_code_run_end_to_end_with_five_codebooks_a_block():
     quantized = quantize_dit(tiny_dit(), **vq4dit.RELEASED)
     assert list(quantized.report["blocks"]) == ["model"]
@@ -498,6 +522,8 @@ def test_named_layers_get_no_modulation_unless_it_is_asked_for():
     some = [info for info in every if info.kind == "ffn"]
     assert len(vq4dit.linears_of(model, every)) == 2 * 7, "all of a DiT's own"
     assert vq4dit.linears_of(model, some) == some
+    block = [info for info in every if info.block == "transformer_blocks.1"]
+    assert len(vq4dit.linears_of(model, block)) == 7, "block by block as in one go"
     assert vq4dit.linears_of(model, vq4dit.linears_of(model)) == vq4dit.linears_of(model)
     assert len(vq4dit.linears_of(model, some, modulation=True)) == 2 * 3
     assert len(vq4dit.linears_of(model, {info.name: info for info in every}, modulation=False)) == 2 * 6
@@ -552,6 +578,12 @@ def test_progress_counts_up_to_its_total(mode):
     assert list(done) == list(range(1, totals[0] + 1)) and len(set(totals)) == 1
     assert totals[0] == 14 + 10 * (2 if mode == "block" else 1)
     assert "transformer_blocks.1.ff.net.2" in names
+
+
+def test_progress_of_plain_kmeans_counts_layers():
+    told = []
+    vq4dit.quantize_kmeans(tiny_dit(), iterations=2, progress=lambda *now: told.append(now[:2]))
+    assert told == [(done, 14) for done in range(1, 15)]
 
 
 class Stopped(Exception):
@@ -644,6 +676,41 @@ def test_recorded_calls_hold_inputs_as_they_were_before_a_module_wrote_into_them
     assert torch.equal(calls[0].outputs[0], torch.full((2,), 3.0))
 
 
+class Twice(nn.Module):
+    """Two linears, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_recorded_calls_keep_to_a_limit_of_memory_but_for_the_first_module():
+    model, each = Twice(), 2 * 4 * 8 * 4  # bytes of a call: 4 rows in, 4 rows out
+    runs = [lambda: model(gaussian(4, 8))] * 5
+    for memory, names in ((0, ["first"]), (4 * each, ["first"]), (6 * each, ["first", "second"])):
+        found = record_calls(model, ["first", "second"], runs, calls=3, memory=memory)
+        assert list(found) == names
+        assert all(2 <= len(calls) <= 4 for calls in found.values())
+
+
+def test_blocks_that_do_not_fit_into_memory_wait_for_another_run(monkeypatch):
+    whole, runs = quantize_dit(tiny_dit()), []
+    monkeypatch.setattr(vq4dit, "spare_memory", lambda: 1)
+    model = tiny_dit()
+    run = sampler(model)
+    waited = vq4dit.quantize(model, lambda: runs.append(run()), **SHORT)
+    assert len(runs) == 2 and waited.report == whole.report
+    for name, layer in whole.layers.items():
+        assert all(torch.equal(t, waited.layers[name].tensors()[key]) for key, t in layer.tensors().items())
+
+
+def test_spare_memory_is_less_than_the_machines():
+    assert spare_memory() is None or 0 < spare_memory() < 2**50
+
+
 # --- refusals ------------------------------------------------------------------------------------------------
 
 
@@ -654,6 +721,8 @@ def test_recorded_calls_hold_inputs_as_they_were_before_a_module_wrote_into_them
         ({"mode": "layer"}, "mode must be 'block' or 'end_to_end', got 'layer'"),
         ({"candidates": 9}, "candidates must be 1 to 8, got 9"),
         ({"calls": 0}, "calls must be at least 1, got 0"),
+        ({"codebook_steps": -1}, "codebook_steps must be at least 0, got -1"),
+        ({"blocks_at_once": -1}, "blocks_at_once must be at least 0, got -1"),
         ({"candidate": 2}, "settings of vq4dit must be among .*, got candidate"),
     ],
 )

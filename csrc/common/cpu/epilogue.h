@@ -54,9 +54,20 @@ struct EpilogueRow {
   }
 };
 
+// a * b + y, rounded once on every instruction set.
+inline float fma_once(float a, float b, float y) { return __builtin_fmaf(a, b, y); }
+inline Simd::Vec fma_once(Simd::Vec a, Simd::Vec b, Simd::Vec y) {
+#if defined(__FMA__)
+  return Simd::fma(a, b, y);
+#else
+  for (int i = 0; i < Simd::kLanes; ++i) y[i] = fma_once(a[i], b[i], y[i]);
+  return y;
+#endif
+}
+
 inline Simd::Vec finish(LinearEpilogue const& e, EpilogueRow const& row, int64_t n, Simd::Vec y) {
   using S = Simd;
-  if (e.weight_zero) y = S::fma(S::load(e.weight_zero + n), S::set1(row.x_sum), y);
+  if (e.weight_zero) y = fma_once(S::load(e.weight_zero + n), S::set1(row.x_sum), y);
   S::Vec scale = S::set1(row.x_scale);
   if (e.weight_scale) scale = S::mul(scale, S::load(e.weight_scale + n));
   y = S::mul(y, scale);
@@ -68,8 +79,7 @@ inline Simd::Vec finish(LinearEpilogue const& e, EpilogueRow const& row, int64_t
 
 inline float finish_one(LinearEpilogue const& e, EpilogueRow const& row, int64_t n, float y) {
   // Rounded as the vectors round it, so that a column's value does not depend on its place.
-  if (e.weight_zero)
-    y = Simd::fma(Simd::set1(e.weight_zero[n]), Simd::set1(row.x_sum), Simd::set1(y))[0];
+  if (e.weight_zero) y = fma_once(e.weight_zero[n], row.x_sum, y);
   y = y * (e.weight_scale ? row.x_scale * e.weight_scale[n] : row.x_scale);
   if (e.bias) y = y + e.bias[n];
   if (e.gate) y = y * FloatArray{e.gate, e.gate_dtype}.at(row.gate + n);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,11 @@ def bits_phrase(name: str, layer: QuantLinear, applied: Applied | None) -> str:
 _PACKED = {"int4": "int4", "nibble_planes": "nibble planes", "twin_log": "table"}
 
 
+def _kernel_capability(device: tuple[int, int]) -> int:
+    """Of the kernel that multiplies on such a GPU: those for 9.0 run on request only."""
+    return 90 if device == (9, 0) and os.environ.get("VDIT_LINEAR_KERNEL") == "sm90" else 80
+
+
 def _path(layer: QuantLinear) -> str:
     """Which product runs: on the CPU there is one; on CUDA that of the latest call, by its number of rows."""
     config, device = layer.config(), layer.qweight.device
@@ -228,13 +234,12 @@ def _path(layer: QuantLinear) -> str:
         return "fused or expanded, by the number of rows"
     # High planes alone are plain codes of four bits.
     narrow = config["format"] == "nibble_planes" and layer.bits == 4
-    major, minor = torch.cuda.get_device_capability(device)
     chosen = _C.linear_path(
         layer.last_rows,
         layer.out_features,
         layer.in_features,
         weight_format="int4" if narrow else _PACKED[config["format"]],
         table_size=8 if config["bits"] == 3 else 16,
-        compute_capability=90 if (major, minor) == (9, 0) else 80,
+        compute_capability=_kernel_capability(torch.cuda.get_device_capability(device)),
     )
     return {"fused": "fused", "expand": "expanded"}[chosen["path"]] + f" at {layer.last_rows} rows"

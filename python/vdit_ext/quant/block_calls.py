@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,12 @@ class Call:
     args: tuple
     kwargs: dict[str, Any]
     outputs: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        leaves = tree_leaves((self.args, self.kwargs, self.outputs))
+        return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
 
 
 class Strata:
@@ -62,21 +69,42 @@ class Strata:
         return int(torch.randint(among, (1,), generator=self._generator)) == 0
 
 
+class _Room:
+    """Shares out memory; who comes first gets some in any case."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit, self._taken = limit, 0
+
+    def take(self, size: int) -> bool:
+        """Whether there was room for so many bytes, which are then taken."""
+        if self._limit is not None and self._taken and self._taken + size > self._limit:
+            return False
+        self._taken += size
+        return True
+
+
 @dataclass
 class _Recorder:
-    """Hooks of one module."""
+    """Hooks of one module. ``fits`` is known once its first call, which is always picked, shows its size."""
 
     strata: Strata
+    room: _Room
+    fits: bool | None = None
     started: list[tuple | None] = field(default_factory=list)
 
     def before(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
         # Copied before the call: a module may write into what it is given.
-        self.started.append(_stored((args, kwargs)) if self.strata.wants() else None)
+        wanted = self.fits is not False and self.strata.wants()
+        self.started.append(_stored((args, kwargs)) if wanted else None)
 
     def after(self, _module: nn.Module, _args: tuple, _kwargs: dict, output: Any) -> None:
         came = self.started.pop()
         if came is not None:
-            self.strata.keep(Call(*came, _stored(floating(output))))
+            call = Call(*came, _stored(floating(output)))
+            if self.fits is None:
+                self.fits = self.room.take(self.strata.most * call.nbytes)
+            if self.fits:
+                self.strata.keep(call)
         self.strata.end_item()
 
 
@@ -87,6 +115,7 @@ def record_calls(
     *,
     calls: int = 32,
     seed: int = 0,
+    memory: int | None = None,
 ) -> dict[str, list[Call]]:
     """Run a sampler and keep some calls of the named modules, by name; ``""`` names the model itself.
 
@@ -94,13 +123,16 @@ def record_calls(
         runs: each samples with the model; they decide prompts, steps and guidance.
         calls: kept of each module at most, spread evenly over all of its calls and drawn at random within each
             part; at least half as many where there are that many.
+        memory: bytes that all calls may take, None for any number. Modules whose calls would not fit are left
+            out of what is returned; the first that runs is not.
 
     Tensors are copied to the CPU.
 
     Raises:
         ValueError: a module that no run called.
     """
-    recorders = {name: _Recorder(Strata(calls, seed)) for name in names}
+    room = _Room(memory)
+    recorders = {name: _Recorder(Strata(calls, seed), room) for name in names}
     handles = []
     try:
         for name, recorder in recorders.items():
@@ -113,7 +145,7 @@ def record_calls(
     finally:
         for handle in handles:
             handle.remove()
-    found = {name: recorder.strata.all() for name, recorder in recorders.items()}
+    found = {name: one.strata.all() for name, one in recorders.items() if one.fits is not False}
     if silent := [name for name, calls_ in found.items() if not calls_]:
         raise ValueError(
             f"vdit_ext.quant: calibration must call every block, {silent[0] or 'the model'} was not "
@@ -121,6 +153,16 @@ def record_calls(
         )
     # Tensors of inference mode cannot take part in autograd; copies made outside of it can.
     return {name: [_usable(call) for call in calls_] for name, calls_ in found.items()}
+
+
+def spare_memory() -> int | None:
+    """Half of the bytes that the machine can still give; None where it does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] // 2 if found else None
 
 
 def floating(output: Any) -> tuple[Tensor, ...]:

@@ -148,8 +148,11 @@ class _Collector:
         self.calls += 1
         if len(x) == 0:
             return
-        amax = x.abs().amax(0).to(torch.float32)
-        squares = x.to(torch.float32).square().sum(dtype=torch.float64)
+        # Reductions that copy nothing: a video's feed-forward input takes gigabytes as it is.
+        low, high = x.aminmax(dim=0)
+        amax = torch.maximum(-low, high).to(torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(x, dim=1, dtype=wide).double().square().sum()
         self.amax = amax if self.amax is None else torch.maximum(self.amax, amax.to(self.amax.device))
         self.squares = squares if self.squares is None else self.squares + squares.to(self.squares.device)
         self._sample(x)

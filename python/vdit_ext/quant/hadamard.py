@@ -65,12 +65,14 @@ def hadamard(size: int) -> Tensor:
     return torch.kron(_core(core), multiply_blocks(torch.eye(power), power) * math.sqrt(power)).round()
 
 
-def multiply_blocks(x: Tensor, size: int) -> Tensor:
-    """fp32 ``[..., C]`` times the orthogonal block-diagonal matrix of ``hadamard(size) / sqrt(size)``."""
+def multiply_blocks(x: Tensor, size: int, *, transposed: bool = False) -> Tensor:
+    """fp32 ``[..., C]`` times the orthogonal block-diagonal matrix of ``hadamard(size) / sqrt(size)``, or times
+    the transpose, its inverse."""
     core, power = split_size(size)
     blocks = _butterflies(x.unflatten(-1, (-1, core, power)))
     if core > 1:
-        blocks = torch.einsum("...ip,ij->...jp", blocks, _core(core).to(x))
+        matrix = _core(core).T if transposed else _core(core)
+        blocks = torch.einsum("...ip,ij->...jp", blocks, matrix.to(x))
     return blocks.flatten(-3) / math.sqrt(size)
 
 

@@ -36,6 +36,11 @@ def vq_format(bits: str) -> VQFormat:
     return FORMATS[bits]
 
 
+# Seeding passes over its words once for each centroid, and a thousand words for each of 256 are enough to find
+# where they are.
+SEED_WORDS = 1 << 18
+
+
 @dataclass(frozen=True)
 class KMeans:
     """What :func:`kmeans_vq` found.
@@ -96,12 +101,12 @@ def kmeans_vq(words: Tensor, codewords: int, *, iterations: int = 100, seed: int
     An empty cluster keeps its centroid, which the error can only gain from.
     """
     codebook = seed_codebook(words, codewords, seed)
-    indices, _ = nearest_words(words, codebook)
-    errors = [_error(words, codebook, indices)]
+    indices, distances = nearest_words(words, codebook)
+    errors = [_error(distances, words)]
     for _ in range(iterations):
         codebook = _means(words, indices[:, 0], codebook)
-        before, (indices, _) = indices, nearest_words(words, codebook)
-        errors.append(_error(words, codebook, indices))
+        before, (indices, distances) = indices, nearest_words(words, codebook)
+        errors.append(_error(distances, words))
         if torch.equal(before, indices):
             break
     return KMeans(codebook, indices[:, 0], errors)
@@ -110,9 +115,12 @@ def kmeans_vq(words: Tensor, codewords: int, *, iterations: int = 100, seed: int
 def seed_codebook(words: Tensor, codewords: int, seed: int) -> Tensor:
     """k-means++: each next centroid is a word, drawn by its squared distance to those before it.
 
+    Where words are many, centroids are drawn from :data:`SEED_WORDS` of them, themselves drawn at random.
     Returns fp32 ``[k, d]``. Once every word is a centroid, the rest repeat the first one.
     """
     generator = torch.Generator().manual_seed(seed)
+    if len(words) > SEED_WORDS:
+        words = words[torch.randint(len(words), (SEED_WORDS,), generator=generator).to(words.device)]
     draws = torch.rand(codewords, dtype=torch.float64, generator=generator).tolist()
     chosen = [min(int(draws[0] * len(words)), len(words) - 1)]
     nearest = (words - words[chosen[0]]).square().sum(-1)
@@ -132,8 +140,9 @@ def _means(words: Tensor, indices: Tensor, before: Tensor) -> Tensor:
     return torch.where(counts > 0, sums / counts.clamp_min(1), before.double()).float()
 
 
-def _error(words: Tensor, codebook: Tensor, indices: Tensor) -> float:
-    return float((words - codebook[indices[:, 0]]).double().square().mean())
+def _error(distances: Tensor, words: Tensor) -> float:
+    """Mean squared error per weight."""
+    return float(distances.double().square().sum()) / words.numel()
 
 
 def row_scales(weight: Tensor) -> Tensor:

@@ -268,7 +268,8 @@ class QuantLinear(nn.Linear):
 
     def _floats(self, x: Tensor) -> Tensor:
         x = x if x.stride(-1) == 1 else x.contiguous()
-        return x if not self._transform_names else self._transform().rows(x).to(x.dtype)
+        transform = self._transform()
+        return transform.rows(x).to(x.dtype) if transform.changes_rows else x
 
     def _weight(self) -> Weight:
         return self._format(**self._arguments, **{name: self._buffers[name] for name in self._weight_names})

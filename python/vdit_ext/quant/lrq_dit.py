@@ -26,6 +26,7 @@ from .apply import QuantizedModel
 from .calibration import Calibration, Progress
 from .hadamard import hadamard_block, random_signs
 from .layers import LinearInfo, linear_layers
+from .measure import snr
 from .rotation import STEPS, fit_dual_rotation
 from .transform import InputTransform, channel_mask
 from .uniform import parse_bits, quantize_layers
@@ -297,7 +298,6 @@ def activation_snr(transform: InputTransform, rows: Tensor) -> float:
 
 
 def signal_to_noise(wanted: Tensor, got: Tensor) -> float:
-    """In dB, by squares; at most 300, also where nothing is lost."""
-    signal = float(wanted.double().square().sum())
-    noise = float((wanted.double() - got.double()).square().sum())
-    return 10 * math.log10(max(signal, 1e-300) / max(noise, signal * 1e-30, 1e-300))
+    """SNR in dB as JSON can hold it: 300 where nothing is lost, as of zeros."""
+    found = snr(wanted, got)
+    return found if math.isfinite(found) else 300.0

@@ -38,8 +38,7 @@ def effective_weight(layer: QuantLayer, bits: int | None = None) -> Tensor:
     """
     weight = layer.weight
     switched = isinstance(weight, NibblePlaneWeight) and bits is not None
-    matrix = weight.dequantize(bits) if switched else weight.dequantize()
-    return (layer.transform.rows(torch.eye(weight.in_features)) @ matrix.float().T).T
+    return layer.transform.plain_weight(weight.dequantize(bits) if switched else weight.dequantize())
 
 
 def weight_snr(linear: nn.Linear, layer: QuantLayer, bits: int | None = None) -> float:

@@ -10,9 +10,8 @@ from typing import Any
 from torch import nn
 
 from .apply import QuantizedModel
+from .calibration import Progress
 from .layers import LinearInfo, linear_layers
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -175,9 +175,8 @@ def mixed_precision(
 ) -> QuantizedModel:
     """ViDiT-Q with a bit map of its own: measure, plan, quantize.
 
-    Args: as :func:`measure_sensitivity`, :func:`plan_precision` and :func:`vdit_ext.quant.vidit_q.quantize`,
-        which
-    takes ``settings``. ``progress`` counts sampled clips.
+    Arguments as :func:`measure_sensitivity`, :func:`plan_precision` and :func:`vdit_ext.quant.vidit_q.quantize`
+    have them; the last takes ``settings``. ``progress`` counts sampled clips.
     """
     infos = list(linear_layers(model) if layers is None else layers)
     settings |= {"bits": "w4a8-mp", "seed": seed, "layers": infos}

@@ -33,6 +33,11 @@ class DualRotation:
         x = _blockwise(x, self.first).index_select(-1, self.permutation)
         return _blockwise(x, self.second)
 
+    def undo(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`rotate`."""
+        x = _blockwise(x, self.second.T).index_select(-1, self.permutation.argsort())
+        return _blockwise(x, self.first.T)
+
 
 def _blockwise(x: Tensor, matrix: Tensor) -> Tensor:
     return (x.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
@@ -64,6 +69,11 @@ class InputTransform:
         """Whether ``quantize_rows`` does all of it."""
         return self.rotation is None and self.clip == 1 and self.hadamard in (0, *FUSED_HADAMARD)
 
+    @property
+    def changes_rows(self) -> bool:
+        """Whether :meth:`rows` does anything."""
+        return self.channel_scale is not None or self.rotation is not None or self.hadamard != 0
+
     def rows(self, x: Tensor) -> Tensor:
         """The transformed input before rounding: ``[..., C]`` to fp32 ``[..., C]``."""
         x = x.to(torch.float32)
@@ -81,6 +91,16 @@ class InputTransform:
         if self.hadamard == 0:
             return x
         return multiply_blocks(x if self.signs is None else x * self.signs, self.hadamard)
+
+    def plain_weight(self, weight: Tensor) -> Tensor:
+        """The inverse of :meth:`weight`, fp32 ``[O, C]`` to the same: the result multiplies plain rows as the
+        argument does :meth:`rows`."""
+        if self.rotation is not None:
+            weight = self.rotation.undo(weight)
+        elif self.hadamard:
+            weight = multiply_blocks(weight, self.hadamard, transposed=True)
+            weight = weight if self.signs is None else weight * self.signs
+        return weight if self.channel_scale is None else weight * self.channel_scale
 
     def clipped(self, x: Tensor) -> Tensor:
         """Transformed rows with what lies above the clip cut off."""

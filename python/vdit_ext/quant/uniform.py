@@ -114,7 +114,10 @@ def to_int4(grid: Grid) -> Int4Weight:
 def to_planes(grid: Grid) -> NibblePlaneWeight:
     """The grid's codes, of 8 bits, as two planes of nibbles."""
     high, low = ops.pack_w4(grid.codes >> 4), ops.pack_w4(grid.codes & 15)
-    return NibblePlaneWeight(high, low, grid.scale, grid.zero + 128, *grid.codes.shape)
+    # No code stands for 0 at 4 bits, so a row of zeros has a scale of 0 instead.
+    is_zero = (grid.codes == -grid.zero[:, None]).all(1)
+    scale = torch.where(is_zero, 0.0, grid.scale)
+    return NibblePlaneWeight(high, low, scale, grid.zero + 128, *grid.codes.shape)
 
 
 def store(grid: Grid) -> Weight:
@@ -162,10 +165,11 @@ def quantize_layers(
     for group, members in groups.items():
         linears = [_linear(model, info) for info in members]
         weights = [linear.weight.detach().to("cpu", torch.float32) for linear in linears]
-        transform = transform_of(members, weights)
-        for info, linear, weight in zip(members, linears, weights, strict=True):
+        for info, weight in zip(members, weights, strict=True):
             if not bool(weight.isfinite().all()):
                 raise ValueError(f"{info.name}: the weight must be finite, it has a NaN or an infinity")
+        transform = transform_of(members, weights)
+        for info, linear, weight in zip(members, linears, weights, strict=True):
             bias = None if linear.bias is None else linear.bias.detach().to("cpu", torch.float32, copy=True)
             name = group if len(members) > 1 else None
             found[info.name] = QuantLayer(weight_of(info, transform.weight(weight)), bias, transform, name)

@@ -97,6 +97,7 @@ def quantize(
         KeyError: a layer that was not calibrated.
     """
     weight_bits, activation_bits = parse_bits("vidit_q", bits, BITS)
+    calibration = Calibration({}) if calibration is None else calibration
     balance = _balance(bits, preset, alpha, rotation, balanced, seed, activation_bits)
     infos = list(linear_layers(model) if layers is None else layers)
     mixed = bits == "w4a8-mp"
@@ -155,7 +156,7 @@ class _Balance:
         members: list[LinearInfo],
         weights: list[Tensor],
         low: int,
-        calibration: Calibration | None,
+        calibration: Calibration,
     ) -> dict[tuple[int, float | None], InputTransform]:
         """The transforms to choose from for a group, by Hadamard size and exponent."""
         if not any(self.pattern.fullmatch(info.name) for info in members):

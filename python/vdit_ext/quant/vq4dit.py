@@ -34,7 +34,8 @@ from ..ops.vq import CODEWORDS
 from . import accounting, vq_checkpoint
 from . import layers as layer_lists
 from .apply import QuantizedModel
-from .block_calls import Call, floating, record_calls
+from .block_calls import Call, floating, record_calls, spare_memory
+from .calibration import Progress
 from .kmeans_vq import VQFormat, clamp_codewords, kmeans_vq, row_scales, split_words, vq_format
 from .layers import LinearInfo
 from .linear import QuantLayer
@@ -45,7 +46,6 @@ from .weights import DenseWeight, Int8Weight, VQWeight
 
 __all__ = ["BITS", "RELEASED", "SERVING", "Settings", "linears_of", "quantize", "quantize_kmeans", "serve"]
 
-Progress = Callable[[int, int, str], None]
 BITS = ("w2", "w3")  # the default first
 
 
@@ -112,7 +112,7 @@ def quantize_kmeans(
     **settings: Any,
 ) -> QuantizedModel:
     """Plain k-means of every weight, the baseline that needs no calibration. Arguments as :func:`quantize`."""
-    job = _Job.of(model, bits, seed, layers, settings, progress)
+    job = _Job.of(model, bits, seed, layers, settings, progress, calibrated=False)
     found = {}
     for block in job.blocks:
         coded = {name: job.coded(name, soft) for name, soft in job.soft(block).items()}
@@ -130,10 +130,11 @@ class _Job:
     settings: Settings
     infos: list[LinearInfo]
     progress: Progress | None
+    calibrated: bool = True
     done: int = 0
 
     @classmethod
-    def of(cls, model, bits, seed, layers, settings, progress) -> _Job:
+    def of(cls, model, bits, seed, layers, settings, progress, calibrated=True) -> _Job:
         vq_format(bits)
         known = {field.name for field in dataclasses.fields(Settings)}
         if unknown := sorted(settings.keys() - known):
@@ -142,7 +143,7 @@ class _Job:
             )
         model = getattr(model, "_orig_mod", model)
         chosen = Settings(**settings)
-        job = cls(model, bits, seed, chosen, linears_of(model, layers, chosen.modulation), progress)
+        job = cls(model, bits, seed, chosen, linears_of(model, layers, chosen.modulation), progress, calibrated)
         for info in job.infos:  # refuses before anything runs
             weight = job.linear(info.name).weight
             split_words(weight[:1], job.form.dim)
@@ -169,7 +170,8 @@ class _Job:
         """One part is done."""
         self.done += 1
         if self.progress is not None:
-            total = len(self.infos) + PARTS * (1 if self.settings.mode == "end_to_end" else len(self.blocks))
+            rounds = 1 if self.settings.mode == "end_to_end" else len(self.blocks)
+            total = len(self.infos) + PARTS * rounds * self.calibrated
             self.progress(min(self.done, total), total, what)
 
     def skip(self, block: str) -> None:
@@ -210,7 +212,7 @@ class _Job:
         own = self.linear(name).bias
         bias = own if bias is None else bias
         return vq_checkpoint.Coded(
-            soft.chosen().reshape(soft.shape[0], -1).cpu(),
+            soft.chosen().reshape(soft.shape[0], -1).to("cpu", torch.uint8),
             soft.codebook.detach().cpu().clone(),
             None if bias is None else bias.detach().to(torch.float32).cpu().clone(),
             None if soft.row_scale is None else soft.row_scale.cpu(),
@@ -271,20 +273,20 @@ def linears_of(
     """The linears that :func:`quantize` takes, block by block.
 
     ``modulation`` adds the modulation linears of these blocks; None does so for DiTTransformer2DModel, unless
-    ``layers`` leaves some of its other linears out.
+    ``layers`` leaves some of the blocks' other linears out.
     """
     given = list(layers.values() if isinstance(layers, Mapping) else layers or ())
     if layers is not None and not _is_known(model):
         return given
     known = layer_lists.linear_layers(model)
     given = list(known) if layers is None else given
-    if modulation is None:
-        whole = {info.name for info in known} <= {info.name for info in given}
-        modulation = whole and any(c.__name__ == "DiTTransformer2DModel" for c in type(model).__mro__)
     blocks: dict[str, list[LinearInfo]] = {}
     for info in given:
         blocks.setdefault(info.block, []).append(info)
     linears, named = layer_lists.plain_linears(model), {info.name for info in given}
+    if modulation is None:
+        whole = all(info.name in named for info in known if info.block in blocks)
+        modulation = whole and any(c.__name__ == "DiTTransformer2DModel" for c in type(model).__mro__)
     for name, reason in known.kept.items() if modulation else ():
         block = next((block for block in blocks if name.startswith(f"{block}.")), None)
         if reason == layer_lists.MODULATION and block is not None and name not in named:
@@ -305,14 +307,15 @@ def _by_block(job: _Job, runs: tuple[Callable[[], Any], ...], store: vq_checkpoi
             found[block] = before
             job.skip(block)
     left = [block for block in job.blocks if block not in found]
-    many = job.settings.blocks_at_once or len(left)
-    for first in range(0, len(left), max(many, 1)):
-        some = left[first : first + many]
-        recorded = record_calls(job.model, some, runs, calls=job.settings.calls, seed=job.seed_of("calls"))
-        for block in some:
+    wanted = {"calls": job.settings.calls, "seed": job.seed_of("calls")}
+    while left:
+        some = left[: job.settings.blocks_at_once or len(left)]
+        recorded = record_calls(job.model, some, runs, memory=spare_memory(), **wanted)
+        for block in [block for block in some if block in recorded]:
             found[block] = _one_block(job, block, recorded.pop(block))
             if store is not None:
                 store.save(block, job.key(block), found[block])
+        left = [block for block in left if block not in found]
     return {block: found[block] for block in job.blocks}
 
 
@@ -402,7 +405,7 @@ def _quant_layer(coded: vq_checkpoint.Coded, form: VQFormat, settings: Settings)
     codebook = torch.zeros(CODEWORDS[form.dim], form.dim)  # no index names what is left zero
     codebook[: len(coded.codebook)] = coded.codebook
     weight = VQWeight(
-        ops.pack_vq(coded.indices.to(torch.uint8), form.dim),
+        ops.pack_vq(coded.indices, form.dim),
         codebook if settings.codebook_dtype != "float16" else codebook.to(torch.float16),
         form.bits,
         rows,

@@ -19,7 +19,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Coded:
-    """One linear's codes: indices int64 ``[O, C / d]``, codebook fp32 ``[k, d]``, bias fp32 ``[O]`` or None,
+    """One linear's codes: indices uint8 ``[O, C / d]``, codebook fp32 ``[k, d]``, bias fp32 ``[O]`` or None,
     row_scale fp32 ``[O]`` or None.
     """
 
@@ -61,7 +61,6 @@ class Store:
             for part in ("indices", "codebook", "bias", "row_scale"):
                 tensor = getattr(layer, part)
                 if tensor is not None:
-                    tensor = tensor.to(torch.uint8) if part == "indices" else tensor
                     tensors[f"{name}/{part}"] = tensor.contiguous()
         notes = {"key": key, "block": block, "report": json.dumps(content.report)}
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +96,7 @@ class Store:
                 "delete it"
             ) from None
         coded = {
-            name: Coded(found["indices"].long(), found["codebook"], found.get("bias"), found.get("row_scale"))
+            name: Coded(found["indices"], found["codebook"], found.get("bias"), found.get("row_scale"))
             for name, found in layers.items()
         }
         return Block(coded, json.loads(notes["report"]))

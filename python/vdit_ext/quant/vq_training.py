@@ -46,7 +46,8 @@ class Settings:
         modulation: also the modulation linears inside of blocks (adaLN); None: for DiTTransformer2DModel, where
             the paper does so, and for no other.
         codebook_dtype: "float16", "float32", or "int8", which multiplies 8-bit activations.
-        blocks_at_once: blocks whose calls are kept at a time; each group needs a run of the sampler; 0: all.
+        blocks_at_once: most blocks whose calls, inputs and outputs, are kept at a time, 0 for all. Those that
+            do not fit into half of the free memory of the CPU wait for another round of all runs.
     """
 
     candidates: int = 2
@@ -77,7 +78,14 @@ class Settings:
             if getattr(self, name) not in allowed:
                 wanted = " or ".join(map(repr, allowed))
                 raise ValueError(f"vdit_ext.quant: {name} must be {wanted}, got {getattr(self, name)!r}")
-        for name, least, most in (("candidates", 1, 8), ("calls", 1, None), ("steps", 0, None)):
+        for name, least, most in (
+            ("candidates", 1, 8),
+            ("calls", 1, None),
+            ("steps", 0, None),
+            ("codebook_steps", 0, None),
+            ("iterations", 0, None),
+            ("blocks_at_once", 0, None),
+        ):
             value = getattr(self, name)
             if value < least or (most is not None and value > most):
                 wanted = f"{least} to {most}" if most is not None else f"at least {least}"
@@ -278,15 +286,14 @@ def _draw(calls: list[Call], generator: torch.Generator) -> Call:
 
 
 def _state(student: Student) -> list[Tensor]:
-    """What calibration changes, copied; logits stand for the choices."""
-    tensors = [soft.logits for soft in student.soft.values()] + student.codebooks()
-    return [tensor.detach().clone() for tensor in [*tensors, *student.biases.values()]]
+    """Codebooks and biases, copied; k-means' choices are the first candidates and need no copy."""
+    return [tensor.detach().clone() for tensor in [*student.codebooks(), *student.biases.values()]]
 
 
 @torch.no_grad()
 def _restore(student: Student, state: list[Tensor]) -> None:
-    tensors = [soft.logits for soft in student.soft.values()] + student.codebooks()
-    for tensor, before in zip([*tensors, *student.biases.values()], state, strict=True):
+    """Plain k-means again."""
+    for tensor, before in zip([*student.codebooks(), *student.biases.values()], state, strict=True):
         tensor.copy_(before)
     for soft in student.soft.values():
         soft.logits.zero_()

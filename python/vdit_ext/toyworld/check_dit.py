@@ -77,7 +77,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    pictures: int = typer.Option(48, help="How many pictures to sample."),
+    pictures: int = typer.Option(48, min=1, help="How many pictures to sample."),
     steps: int = typer.Option(dit.DEFAULT_STEPS, help="Denoising steps."),
     guidance: float = typer.Option(dit.DEFAULT_GUIDANCE, help="Guidance scale; 1 leaves guidance out."),
     seed: int = 1000,

@@ -68,7 +68,8 @@ std::vector<uint8_t> pack_table(std::vector<uint8_t> const& codes, int64_t n, in
 Weights make_weights(Format format, int table_size, int64_t n, int64_t k, std::mt19937& random,
                      bool extreme) {
   Weights w;
-  int const most = format == Format::kInt4 ? 16 : format == Format::kTable ? table_size : 256;
+  // Of three-bit codes too the nibble's bit 3 is drawn: it must not be read.
+  int const most = format == Format::kInt4 || format == Format::kTable ? 16 : 256;
   w.codes.resize(size_t(n * k)), w.values.resize(size_t(n * k));
   w.table.resize(size_t(n * table_size));
   for (auto& v : w.table) v = static_cast<int8_t>(random() % 255 - 127);
@@ -76,10 +77,11 @@ Weights make_weights(Format format, int table_size, int64_t n, int64_t k, std::m
     int const c =
         extreme ? (format == Format::kInt8 ? 128 : most - 1) : static_cast<int>(random() % unsigned(most));
     w.codes[i] = static_cast<uint8_t>(c);
-    w.values[i] = format == Format::kInt8    ? static_cast<int8_t>(c)
-                  : format == Format::kTable ? w.table[i / size_t(k) * size_t(table_size) + size_t(c)]
-                  : format == Format::kInt4  ? c
-                                             : c - 128;
+    w.values[i] = format == Format::kInt8 ? static_cast<int8_t>(c)
+                  : format == Format::kTable
+                      ? w.table[i / size_t(k) * size_t(table_size) + size_t(c % table_size)]
+                  : format == Format::kInt4 ? c
+                                            : c - 128;
   }
   if (format == Format::kInt8) {
     w.stride = k + 32;
