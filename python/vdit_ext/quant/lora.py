@@ -2,7 +2,9 @@
 
 Nothing is merged, so a quantized weight stays what it is, and an adapter can be scaled, exchanged or taken off
 at any time. peft works as well, since quantized layers are linears to it: ``model.load_lora_adapter`` and
-``pipe.load_lora_weights`` wrap them as they wrap others. This module needs neither peft nor diffusers.
+``pipe.load_lora_weights`` wrap them as they wrap others. Only the loader of FLUX pipelines reads plain weights:
+there, load LoRAs before quantizing, or with ``pipe.transformer.load_lora_adapter``. This module needs neither
+peft nor diffusers.
 """
 
 from __future__ import annotations
