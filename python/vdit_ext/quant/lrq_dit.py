@@ -6,8 +6,10 @@ twin-log codes, once. What differs from the paper and its code, and why:
 
 - weights use the corrected grid of :mod:`.twin_log`, not the published formula, which loses to plain rounding;
 - the paper routes a layer to the dual rotation where the root mean square J of its input is at least 1, its
-  code by a list of names. J says how large an input is and not how uneven, so the error itself decides here. J
-  is in the report, and both other ways are there to compare with.
+  code by a list of names. J says how large an input is and not how uneven, so the error itself decides here,
+  that of the layer's outputs with weights and activations rounded: at 8 bits activations hardly count beside
+  weights, and a rotation that rounds them better gains nothing. J is in the report, and both other ways are
+  there to compare with.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -38,6 +41,7 @@ ROUTINGS = ("measured", "paper", "listed", "hadamard", "dual", "none")
 HADAMARDS = ("block", "full")
 
 MARGIN_DB = 0.3  # by which the dual rotation, which is not fused with the rounding, must win
+JUDGED_OUTPUTS = 128  # of each linear, spread evenly, that outputs are compared on
 PAPER_J = 1.0
 WIDE_BITS = 8
 
@@ -131,9 +135,9 @@ def quantize(
         mode: "corrected" or "paper", the weights' grid (:func:`vdit_ext.quant.twin_log.fit`).
         grid: "small" or "full", how many grids are tried.
         alpha: share of the imbalance between channels that the weights keep, 0 to 1; None leaves out the mask.
-        routing: which rotation a layer gets. "measured": the dual one where it rounds calibration rows at least
-            0.3 dB better than Hadamard blocks do, on other rows than it was fitted to; "paper": the dual one
-            where the root mean square of the input is at least 1; "listed": where the preset says so; or
+        routing: which rotation a layer gets. "measured": the dual one where outputs are at least 0.3 dB nearer
+            to the true ones than with Hadamard blocks, on other rows than it was fitted to; "paper": the dual
+            one where the root mean square of the input is at least 1; "listed": where the preset says so; or
             "hadamard", "dual" or "none" for all. A layer whose channels no block of 16 divides has none.
         hadamard: "block" or "full", blocks of at most 128 channels or all of them.
         clip: share of a row's largest magnitude at which activations are cut, (0, 1]; .9 may pay at 4 bits.
@@ -142,7 +146,7 @@ def quantize(
 
     Returns:
         Layers with :class:`TwinLogWeight`. The report's "layers" says for each its route, J, the SNR in dB of
-        the rounded weight, and, where they were measured, those of rows under either rotation.
+        the rounded weight, and, where they were measured, those of rows and of outputs under either rotation.
 
     Raises:
         ValueError: one sentence with what was expected and what came.
@@ -234,13 +238,13 @@ class _Plan:
             bits=max(self.bits[1], WIDE_BITS) if wide else self.bits[1],
             clip=1.0 if wide else self.clip,
         )
-        route, transform, notes = self._route(names, base, statistics.rows, statistics.rms)
+        route, transform, notes = self._route(names, base, statistics.rows, statistics.rms, weights)
         for name in names:
             self.report[name] = {"route": route, "j": statistics.rms, "activation_bits": base.bits, **notes}
         return transform
 
     def _route(
-        self, names: list[str], base: InputTransform, rows: Tensor, j: float
+        self, names: list[str], base: InputTransform, rows: Tensor, j: float, weights: list[Tensor]
     ) -> tuple[str, InputTransform, dict[str, float]]:
         """Name of the route, the transform, and what was measured."""
         block = hadamard_block(rows.shape[1])
@@ -255,9 +259,18 @@ class _Plan:
         half = math.ceil(len(rows) / 2)
         dual = self._with_dual(base, rows[:half], block)
         judge = rows[half:] if len(rows) > 1 else rows
-        snr = {"hadamard_db": activation_snr(blocks, judge), "dual_db": activation_snr(dual, judge)}
-        wins = snr["dual_db"] >= snr["hadamard_db"] + MARGIN_DB
-        return ("dual", dual, snr) if wins else ("hadamard", blocks, snr)
+        found: dict[str, float] = {}
+        for name, transform in (("hadamard", blocks), ("dual", dual)):
+            found[f"{name}_db"] = activation_snr(transform, judge)
+            found[f"{name}_output_db"] = self._output_snr(transform, judge, weights)
+        wins = found["dual_output_db"] >= found["hadamard_output_db"] + MARGIN_DB
+        return ("dual", dual, found) if wins else ("hadamard", blocks, found)
+
+    def _output_snr(self, transform: InputTransform, rows: Tensor, weights: list[Tensor]) -> float:
+        """SNR in dB of outputs of all linears of a group, weights and rows rounded as they would be."""
+        some = torch.cat([weight[:: math.ceil(len(weight) / JUDGED_OUTPUTS)] for weight in weights])
+        rounded = twin_log.fit(transform.weight(some), self.bits[0], self.mode, self.grid).dequantize_int8()
+        return signal_to_noise(rows.to(torch.float32) @ some.T, rounded_rows(transform, rows) @ rounded.T)
 
     def _is_salient(self, names: list[str], j: float) -> bool:
         if self.routing == "paper":
@@ -292,9 +305,13 @@ def stored(form: twin_log.TwinLog) -> TwinLogWeight:
 
 def activation_snr(transform: InputTransform, rows: Tensor) -> float:
     """SNR in dB of rows ``[R, C]`` that are transformed and rounded, each with a scale of its own."""
-    wanted = transform.rows(rows)
-    codes, scale, _ = ops.quantize_rows(transform.clipped(wanted), bits=transform.bits)
-    return signal_to_noise(wanted, codes * scale[:, None])
+    return signal_to_noise(transform.rows(rows), rounded_rows(transform, rows))
+
+
+def rounded_rows(transform: InputTransform, rows: Tensor) -> Tensor:
+    """Rows as a layer multiplies them: transformed, cut off and rounded, fp32 ``[R, C]``."""
+    codes, scale, _ = ops.quantize_rows(transform.clipped(transform.rows(rows)), bits=transform.bits)
+    return codes * scale[:, None]
 
 
 def signal_to_noise(wanted: Tensor, got: Tensor) -> float:
