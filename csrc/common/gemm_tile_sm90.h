@@ -22,4 +22,16 @@ inline int gemm_group_sm90(int64_t k, int tokens) {
 // NOTE: that a small tile takes 1.3 times as long for the same products is an estimate from its traffic.
 inline constexpr double kSmallTileCostSm90 = 1.3;
 
+// The large tile, unless the small one keeps the multiprocessors busy with less padding and fewer idle ones.
+// A Tiles is a pair `large`, `small` of tiles with `tokens`, `outputs` and `group`, which is filled in.
+template <class Tiles>
+auto pick_gemm_tile_sm90(Tiles const& tiles, int64_t m, int64_t n, int64_t k, int multiprocessors) {
+  auto const rounds = [&](auto const& tile) {
+    return gemm_rounds_sm90(m, n, tile.tokens, tile.outputs, multiprocessors);
+  };
+  auto tile = rounds(tiles.large) <= kSmallTileCostSm90 * rounds(tiles.small) ? tiles.large : tiles.small;
+  tile.group = gemm_group_sm90(k, tile.tokens);
+  return tile;
+}
+
 }  // namespace vdit

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 
+#include "common/gemm_tile_sm80.h"
 #include "vdit/linear.h"
 
 namespace vdit {
@@ -41,19 +42,10 @@ constexpr LinearTile linear_tile(LinearTileSize size, bool packed) {
   }
 }
 
-// The size whose slowest SM is done first, each SM working on its tiles one after another.
 inline LinearTileSize pick_tile(LinearParams const& p, int multiprocessors) {
-  LinearTileSize best = LinearTileSize::kLarge;
-  double best_time = 0;
-  for (LinearTileSize size : {LinearTileSize::kLarge, LinearTileSize::kMedium, LinearTileSize::kSmall}) {
-    LinearTile const tile = linear_tile(size, p.format != WeightFormat::kInt8);
-    int64_t const tiles =
-        ((p.m + tile.block_m - 1) / tile.block_m) * ((p.n + tile.block_n - 1) / tile.block_n);
-    int64_t const turns = (tiles + multiprocessors - 1) / multiprocessors;
-    double const time = static_cast<double>(turns) * tile.block_m * tile.block_n * tile.cost;
-    if (best_time == 0 || time < best_time) best = size, best_time = time;
-  }
-  return best;
+  return pick_gemm_size_sm80<LinearTileSize>(p.m, p.n, multiprocessors, [&](auto size) {
+    return linear_tile(size, p.format != WeightFormat::kInt8);
+  });
 }
 
 }  // namespace vdit

@@ -45,16 +45,8 @@ constexpr LinearTilesSm90 linear_tiles_sm90(WeightFormat format) {
   }
 }
 
-// The large tile, unless the small one keeps the multiprocessors busy with less padding and fewer idle ones.
 inline LinearTileSm90 pick_linear_tile_sm90(LinearParams const& p, int multiprocessors) {
-  auto const tiles = linear_tiles_sm90(p.format);
-  auto const rounds = [&](LinearTileSm90 const& tile) {
-    return gemm_rounds_sm90(p.m, p.n, tile.tokens, tile.outputs, multiprocessors);
-  };
-  bool const large = rounds(tiles.large) <= kSmallTileCostSm90 * rounds(tiles.small);
-  LinearTileSm90 tile = large ? tiles.large : tiles.small;
-  tile.group = gemm_group_sm90(p.k, tile.tokens);
-  return tile;
+  return pick_gemm_tile_sm90(linear_tiles_sm90(p.format), p.m, p.n, p.k, multiprocessors);
 }
 
 }  // namespace vdit

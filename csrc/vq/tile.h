@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "common/gemm_tile_sm80.h"
 #include "vdit/vq.h"
 
 namespace vdit {
@@ -29,19 +30,9 @@ constexpr VqTile vq_tile(VqTileSize size, bool is_int8) {
   }
 }
 
-// The size whose slowest SM is done first, each SM working on its tiles one after another.
 inline VqTileSize pick_vq_tile(VqLinearParams const& p, int multiprocessors) {
-  VqTileSize best = VqTileSize::kLarge;
-  double best_time = 0;
-  for (VqTileSize size : {VqTileSize::kLarge, VqTileSize::kMedium, VqTileSize::kSmall}) {
-    VqTile const tile = vq_tile(size, p.is_int8);
-    int64_t const tiles =
-        ((p.m + tile.block_m - 1) / tile.block_m) * ((p.n + tile.block_n - 1) / tile.block_n);
-    int64_t const turns = (tiles + multiprocessors - 1) / multiprocessors;
-    double const time = static_cast<double>(turns) * tile.block_m * tile.block_n * tile.cost;
-    if (best_time == 0 || time < best_time) best = size, best_time = time;
-  }
-  return best;
+  return pick_gemm_size_sm80<VqTileSize>(p.m, p.n, multiprocessors,
+                                         [&](auto size) { return vq_tile(size, p.is_int8); });
 }
 
 }  // namespace vdit

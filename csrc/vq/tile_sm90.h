@@ -31,16 +31,8 @@ constexpr VqTilesSm90 vq_tiles_sm90(VqFormat format) {
   return {{format, 128, 256, 7, 1}, {format, 64, 256, 8, 1}};
 }
 
-// The large tile, unless the small one keeps the multiprocessors busy with less padding and fewer idle ones.
 inline VqTileSm90 pick_vq_tile_sm90(VqLinearParams const& p, int multiprocessors) {
-  auto const tiles = vq_tiles_sm90(p.format);
-  auto const rounds = [&](VqTileSm90 const& tile) {
-    return gemm_rounds_sm90(p.m, p.n, tile.tokens, tile.outputs, multiprocessors);
-  };
-  bool const large = rounds(tiles.large) <= kSmallTileCostSm90 * rounds(tiles.small);
-  VqTileSm90 tile = large ? tiles.large : tiles.small;
-  tile.group = gemm_group_sm90(p.k, tile.tokens);
-  return tile;
+  return pick_gemm_tile_sm90(vq_tiles_sm90(p.format), p.m, p.n, p.k, multiprocessors);
 }
 
 }  // namespace vdit

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..quant import files
 from ..quant.apply import QuantizedModel, apply, find_linear, shared_groups
 from ..quant.linear import QuantLayer, QuantLinear
+from ..quant.measure import effective_weight
 from ..quant.methods import check_free, quantize_free
 
 VERSION = files.VERSION
@@ -234,19 +235,12 @@ def share_groups(model: nn.Module) -> None:
 
 def plain_linear(layer: QuantLayer, dtype: torch.dtype) -> nn.Linear:
     """The linear whose weight is what a quantized one stands for; the input's rounding is gone with it."""
-    stored = layer.weight.dequantize()
-    weight = _undo_transform(layer, stored)
+    weight = effective_weight(layer).contiguous()
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     if layer.bias is not None:
         linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
     return linear
-
-
-def _undo_transform(layer: QuantLayer, stored: Tensor) -> Tensor:
-    """``W`` from ``(W / m) R``: with X the identity, ``rows(X) stored^T`` is ``W^T``."""
-    eye = torch.eye(stored.shape[1], device=stored.device)
-    return (layer.transform.rows(eye) @ stored.T).T.contiguous()
 
 
 def _layer_of(model: nn.Module, key: str) -> tuple[QuantLinear, str] | None:
