@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .quant import files
-from .quant.apply import QuantizedModel, find_linear
+from .quant.apply import QuantizedModel, get_linear
 from .quant.calibration import Calibration, InputStatistics, calibrate
 from .quant.layers import LayerList, linear_layers
 from .quant.linear import QuantLayer, QuantLinear
@@ -384,7 +384,7 @@ def _digest(model: nn.Module, layers: LayerList) -> str:
     digest = hashlib.sha256()
     for info in layers:
         digest.update(repr(dataclasses.astuple(info)).encode())
-        digest.update(_linear(model, info.name).weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(get_linear(model, info.name).weight.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
@@ -520,7 +520,7 @@ def _layer_records(
     kinds = {info.name: info.kind for info in layers}
     records = []
     for name, layer in quantized.layers.items():
-        linear = _linear(model, name)
+        linear = get_linear(model, name)
         bits = min((part[name] for part in quantized.intervals if name in part), default=layer.weight.bits)
         records.append(
             {
@@ -556,11 +556,6 @@ def _output_snr(
 
 def _finite(value: float) -> float | None:
     return value if torch.tensor(value).isfinite() else None
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    parent, leaf = find_linear(getattr(model, "_orig_mod", model), name)
-    return parent._modules[leaf]
 
 
 def _report(

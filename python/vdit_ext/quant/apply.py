@@ -184,6 +184,12 @@ def find_linear(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(parent), leaf
 
 
+def get_linear(model: nn.Module, name: str) -> nn.Module:
+    """The module that :func:`find_linear` finds, in a compiled model too."""
+    parent, leaf = find_linear(getattr(model, "_orig_mod", model), name)
+    return getattr(parent, leaf)
+
+
 def shared_groups(layers: Mapping[str, QuantLayer]) -> dict[str | None, SharedRows]:
     """One :class:`SharedRows` for each group of at least two layers.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .apply import find_linear
+from .apply import get_linear
 from .layers import LinearInfo, linear_layers
 
 AMAX_FLOOR = 1e-3  # ViDiT-Q, specs section 4: a channel that is always 0 would get an unbounded mask
@@ -134,8 +134,7 @@ class _Collector:
         self.rows: Tensor | None = None
 
     def attach(self, model: nn.Module) -> Any:
-        parent, leaf = find_linear(model, self.name)
-        return getattr(parent, leaf).register_forward_pre_hook(self._hook, with_kwargs=True)
+        return get_linear(model, self.name).register_forward_pre_hook(self._hook, with_kwargs=True)
 
     def _hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = (args[0] if args else kwargs["input"]).detach()

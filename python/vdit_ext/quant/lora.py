@@ -10,7 +10,6 @@ peft nor diffusers.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -167,8 +166,3 @@ def _check_fits(layer: str, module: nn.Module | None, one: LowRank) -> None:
             f"vdit_ext.quant.lora: {layer} takes {sizes[0]} and gives {sizes[1]} channels, the LoRA is for "
             f"{one.a.shape[1]} and {one.b.shape[0]}"
         )
-
-
-def strip_layer_name(name: str) -> str:
-    """A module's name without what peft's wrappers add to it."""
-    return re.sub(r"\.base_layer$", "", name)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .apply import Applied, QuantizedModel, find_linear
+from .apply import Applied, QuantizedModel, get_linear
 from .layers import linear_layers
 from .linear import QuantLayer
 from .weights import NibblePlaneWeight
@@ -50,9 +50,8 @@ def weight_snrs(model: nn.Module, quantized: QuantizedModel) -> dict[str, float]
     """:func:`weight_snr` of every layer, by name; where bits change with the steps, at the fewest of them."""
     found = {}
     for name, layer in quantized.layers.items():
-        parent, leaf = find_linear(model, name)
         fewest = min((bits[name] for bits in quantized.intervals if name in bits), default=None)
-        found[name] = weight_snr(getattr(parent, leaf), layer, fewest)
+        found[name] = weight_snr(get_linear(model, name), layer, fewest)
     return found
 
 

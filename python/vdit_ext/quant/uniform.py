@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.linear import MAX_CHANNELS
-from .apply import find_linear
+from .apply import get_linear
 from .calibration import Calibration, Progress
 from .layers import LinearInfo, linear_layers
 from .linear import QuantLayer, QuantLinear
@@ -191,8 +191,7 @@ def correct_biases(
     for name, layer in layers.items():
         if layer.bias is None or hasattr(layer.weight, "switchable_bits"):
             continue
-        parent, leaf = find_linear(getattr(model, "_orig_mod", model), name)
-        weight = getattr(parent, leaf).weight.detach().to("cpu", torch.float32)
+        weight = get_linear(model, name).weight.detach().to("cpu", torch.float32)
         rows = calibration[name].rows.to(torch.float32)
         error = QuantLinear(layer)(rows) - (rows @ weight.T + layer.bias)
         found[name] = replace(layer, bias=layer.bias - error.mean(0))
@@ -200,8 +199,7 @@ def correct_biases(
 
 
 def _linear(model: nn.Module, info: LinearInfo) -> nn.Linear:
-    parent, leaf = find_linear(getattr(model, "_orig_mod", model), info.name)
-    linear = getattr(parent, leaf)
+    linear = get_linear(model, info.name)
     if not isinstance(linear, nn.Linear) or linear._parameters.get("weight") is None:
         raise ValueError(f"{info.name}: it must be a torch.nn.Linear, got {type(linear).__name__}")
     if linear.in_features > MAX_CHANNELS:

@@ -33,7 +33,7 @@ from .. import ops
 from ..ops.vq import CODEWORDS
 from . import accounting, vq_checkpoint
 from . import layers as layer_lists
-from .apply import QuantizedModel
+from .apply import QuantizedModel, get_linear
 from .block_calls import Call, floating, record_calls, spare_memory
 from .calibration import Progress
 from .kmeans_vq import VQFormat, clamp_codewords, kmeans_vq, row_scales, split_words, vq_format
@@ -163,8 +163,7 @@ class _Job:
         return found
 
     def linear(self, name: str) -> nn.Linear:
-        module = self.model.get_submodule(name)
-        return module if isinstance(module, nn.Linear) else module.base_layer
+        return get_linear(self.model, name)
 
     def tell(self, what: str) -> None:
         """One part is done."""
