@@ -123,7 +123,7 @@ def test_property_candidates_are_the_nearest_codewords_sorted_and_begin_with_the
 
 
 def test_property_kmeans_error_never_rises():
-    errors = kmeans_vq(gaussian(4096, 4), 64, iterations=30).errors
+    errors = kmeans_vq(gaussian(4096, 4), 64, iterations=30, tolerance=0).errors
     assert len(errors) == 31 and errors[-1] < 0.8 * errors[0]
     assert all(later <= before * (1 + 1e-6) for before, later in zip(errors, errors[1:], strict=False))
 
@@ -143,6 +143,22 @@ def test_a_weight_of_zeros_is_kept():
 
 def test_kmeans_stops_once_nothing_moves():
     assert len(kmeans_vq(gaussian(8, 4), 8, iterations=100).errors) == 2
+
+
+def test_kmeans_stops_where_a_pass_hardly_pays():
+    words = gaussian(20000, 4)
+    early, late = kmeans_vq(words, 64), kmeans_vq(words, 64, tolerance=0)
+    assert len(early.errors) < len(late.errors) == 101
+    assert late.errors[-1] < early.errors[-1] < 1.005 * late.errors[-1]
+
+
+def test_many_words_are_fitted_by_some_of_them_and_once_by_all(monkeypatch):
+    words = gaussian(20000, 4)
+    every = kmeans_vq(words, 16)
+    monkeypatch.setattr(kmeans, "LLOYD_WORDS", 5000)
+    some = kmeans_vq(words, 16)
+    assert len(some.errors) == 2 and some.errors[1] < some.errors[0] < 1.03 * every.errors[-1]
+    assert torch.equal(nearest_words(words, some.codebook)[0][:, 0], some.indices)
 
 
 def test_many_words_are_seeded_from_some_of_them(monkeypatch):
