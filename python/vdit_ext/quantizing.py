@@ -24,7 +24,7 @@ from .quant import files
 from .quant.apply import QuantizedModel, get_linear
 from .quant.calibration import Calibration, InputStatistics, calibrate
 from .quant.layers import LayerList, linear_layers
-from .quant.linear import QuantLayer, QuantLinear
+from .quant.linear import QuantLayer, QuantLinear, compute_device
 from .quant.measure import snr, weight_snr
 from .quant.methods import entry_of, run
 
@@ -546,9 +546,12 @@ def _output_snr(
     """Of a layer's output on rows of the calibration; NaN without one."""
     if calibration is None or name not in calibration.layers:
         return float("nan")
-    rows = calibration[name].rows[:_MEASURED_ROWS].float()
-    weight, bias = (None if t is None else t.detach().float().cpu() for t in (linear.weight, linear.bias))
-    module = QuantLinear(layer)
+    place = compute_device(linear)
+    rows = calibration[name].rows[:_MEASURED_ROWS].to(place, torch.float32)
+    weight, bias = (
+        None if t is None else t.detach().to(place, torch.float32) for t in (linear.weight, linear.bias)
+    )
+    module = QuantLinear(layer.to(place))
     if bits in module.switchable_bits:
         module.set_bits(bits)
     return snr(F.linear(rows, weight, bias), module(rows))
@@ -625,7 +628,7 @@ def settings_from(method: str, assignments: list[str]) -> dict[str, Any]:
 
 def _settings_of(method: str) -> list[str]:
     function = entry_of(method).load()
-    common = {"model", "calibration", "bits", "seed", "progress", "layers", "checkpoint"}
+    common = {"model", "calibration", "bits", "seed", "progress", "layers", "device", "checkpoint"}
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.name not in common and p.kind is not p.VAR_KEYWORD]
     settings = getattr(inspect.getmodule(function), "Settings", None)

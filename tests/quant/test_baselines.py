@@ -84,3 +84,8 @@ def test_bits_that_a_baseline_does_not_have_fail_with_a_sentence(tiny):
         round_to_nearest(model, bits="w2a8", layers=layers)
     with pytest.raises(ValueError, match=r"^smoothquant: bits must be one of"):
         smooth_quant(model, found, bits="w4", layers=layers)
+
+
+def test_smooth_quant_without_a_calibration_fails_with_a_sentence(tiny):
+    with pytest.raises(KeyError, match="blocks.0.attn.to_q must have been calibrated"):
+        smooth_quant(tiny[0], None, bits="w8a8", layers=tiny[2])

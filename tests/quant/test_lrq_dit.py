@@ -448,3 +448,5 @@ def test_bad_weights_are_named(routing):
 def test_uncalibrated_layers_are_named(model, layers, calibration):
     with pytest.raises(KeyError, match="3 must have been calibrated"):
         lrq_dit.quantize(model, Calibration({"1": calibration["1"]}), layers=layers, routing="hadamard")
+    with pytest.raises(KeyError, match="1 must have been calibrated"):
+        lrq_dit.quantize(model, None, layers=layers)

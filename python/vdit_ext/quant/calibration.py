@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,10 @@ class InputStatistics:
     rows: Tensor
     num_rows: int
     calls: int
+
+    def to(self, device: torch.device | str) -> InputStatistics:
+        """The same statistics with their tensors on a device."""
+        return replace(self, amax=self.amax.to(device), rows=self.rows.to(device))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,11 @@ class QuantLayer:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def to(self, device: torch.device | str) -> QuantLayer:
+        """The same layer with its tensors on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias, transform=self.transform.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by the names that they have in a :class:`QuantLinear`'s state dict."""
@@ -90,6 +95,13 @@ class QuantLayer:
             transform=InputTransform.from_tensors(config["input"], tensors),
             group=config["group"],
         )
+
+
+def compute_device(linear: nn.Linear) -> torch.device:
+    """Where to quantize a linear: where its weight is, or the CPU where no kernels are for that device."""
+    device = linear.weight.device
+    has_kernels = torch._C._dispatch_has_kernel_for_dispatch_key("vdit::quantize_rows", "CUDA")
+    return device if device.type == "cuda" and has_kernels else torch.device("cpu")
 
 
 def _describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:

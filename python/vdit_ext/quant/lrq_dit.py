@@ -105,12 +105,13 @@ PRESETS: Mapping[str, Preset] = {
 
 def quantize(
     model: nn.Module,
-    calibration: Calibration,
+    calibration: Calibration | None,
     *,
     bits: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     layers: Iterable[LinearInfo] | None = None,
+    device: torch.device | str | None = None,
     preset: str | None = None,
     mode: str = "corrected",
     grid: str = "small",
@@ -131,6 +132,7 @@ def quantize(
         seed: of the signs before the Hadamard matrices and of the dual rotations.
         progress: called with layers done, layers in all, and the layer's name.
         layers: which linears; by default :func:`vdit_ext.quant.linear_layers` of the model.
+        device: where to compute; by default where the weights are.
         preset: a name in :data:`PRESETS`; by default all is left to the other arguments.
         mode: "corrected" or "paper", the weights' grid (:func:`vdit_ext.quant.twin_log.fit`).
         grid: "small" or "full", how many grids are tried.
@@ -154,7 +156,7 @@ def quantize(
     """
     chosen = Preset() if preset is None else PRESETS[_require("preset", preset, tuple(PRESETS))]
     plan = _Plan(
-        calibration=calibration,
+        calibration=Calibration({}) if calibration is None else calibration,
         preset=chosen,
         seed=seed,
         mode=_require("mode", mode, MODES),
@@ -171,7 +173,7 @@ def quantize(
     infos = list(linear_layers(model) if layers is None else layers)
     kept = [info.name for info in infos if _matches(info.name, chosen.keep)]
     infos = [_regrouped(info, chosen) for info in infos if info.name not in set(kept)]
-    found = quantize_layers(model, infos, plan.transform_of, plan.weight_of, progress)
+    found = quantize_layers(model, infos, plan.transform_of, plan.weight_of, progress, device)
     return QuantizedModel("lrq_dit", found, report=plan.summary() | {"kept": kept})
 
 
@@ -230,7 +232,7 @@ class _Plan:
 
     def transform_of(self, infos: list[LinearInfo], weights: list[Tensor]) -> InputTransform:
         """The transform of the linears that read one tensor; notes in the report why it is this one."""
-        statistics = self.calibration[infos[0].name]
+        statistics = self.calibration[infos[0].name].to(weights[0].device)
         names = [info.name for info in infos]
         wide = any(_matches(name, self.preset.wide) for name in names)
         base = InputTransform(
@@ -250,7 +252,7 @@ class _Plan:
         block = hadamard_block(rows.shape[1])
         if not block or self.routing == "none" or any(_matches(name, self.preset.plain) for name in names):
             return "none", base, {}
-        blocks = self._with_hadamard(base, rows.shape[1] if self.hadamard == "full" else block, rows.shape[1])
+        blocks = self._with_hadamard(base, rows.shape[1] if self.hadamard == "full" else block, rows)
         if self.routing != "measured":
             if self._is_salient(names, j):
                 return "dual", self._with_dual(base, rows, block), {}
@@ -279,10 +281,9 @@ class _Plan:
             return any(_matches(name, self.preset.dual) for name in names)
         return self.routing == "dual"
 
-    def _with_hadamard(self, base: InputTransform, size: int, channels: int) -> InputTransform:
-        return InputTransform(
-            base.channel_scale, size, random_signs(channels, self.seed), bits=base.bits, clip=base.clip
-        )
+    def _with_hadamard(self, base: InputTransform, size: int, rows: Tensor) -> InputTransform:
+        signs = random_signs(rows.shape[1], self.seed).to(rows.device)
+        return InputTransform(base.channel_scale, size, signs, bits=base.bits, clip=base.clip)
 
     def _with_dual(self, base: InputTransform, rows: Tensor, block: int) -> InputTransform:
         rotation = fit_dual_rotation(base.rows(rows), block=block, steps=self.steps, seed=self.seed)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .apply import Applied, QuantizedModel, get_linear
 from .layers import linear_layers
-from .linear import QuantLayer
+from .linear import QuantLayer, compute_device
 from .weights import NibblePlaneWeight
 
 OnStep = Callable[[int, int], None]  # (step, from 0; steps in all)
@@ -43,7 +43,8 @@ def effective_weight(layer: QuantLayer, bits: int | None = None) -> Tensor:
 
 def weight_snr(linear: nn.Linear, layer: QuantLayer, bits: int | None = None) -> float:
     """SNR in dB of a quantized weight, mask and rotation undone, against the linear it stands for."""
-    return snr(linear.weight.detach().float().cpu(), effective_weight(layer, bits))
+    place = compute_device(linear)
+    return snr(linear.weight.detach().to(place, torch.float32), effective_weight(layer.to(place), bits))
 
 
 def weight_snrs(model: nn.Module, quantized: QuantizedModel) -> dict[str, float]:

@@ -109,6 +109,11 @@ class InputTransform:
         limit = x.abs().amax(-1, keepdim=True) * self.clip
         return x.clamp(-limit, limit)
 
+    def to(self, device: torch.device | str) -> InputTransform:
+        """The same transform with its tensors on a device."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return InputTransform.from_tensors(self.settings(), moved)
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are present, by the name of a module's buffer."""
         found = {"channel_scale": self.channel_scale, "signs": self.signs}

@@ -14,7 +14,7 @@ from ..ops.linear import MAX_CHANNELS
 from .apply import get_linear
 from .calibration import Calibration, Progress
 from .layers import LinearInfo, linear_layers
-from .linear import QuantLayer, QuantLinear
+from .linear import QuantLayer, QuantLinear, compute_device
 from .transform import InputTransform
 from .weights import Int4Weight, Int8Weight, NibblePlaneWeight, Weight
 
@@ -143,6 +143,7 @@ def quantize_layers(
     transform_of: Callable[[list[LinearInfo], list[Tensor]], InputTransform],
     weight_of: Callable[[LinearInfo, Tensor], Weight],
     progress: Progress | None = None,
+    device: torch.device | str | None = None,
 ) -> dict[str, QuantLayer]:
     """Quantize layer by layer, group by group; one group's weights are in memory at a time.
 
@@ -150,6 +151,8 @@ def quantize_layers(
         transform_of: the transform that all linears of a group share, from them and their fp32 weights.
         weight_of: the stored weight, from a linear and its transformed weight. Rounding happens here, once.
         progress: called with layers done, layers in all, and the layer's name.
+        device: where to compute; by default where each weight is (:func:`compute_device`). The layers returned
+            are on the CPU in any case.
 
     Raises:
         ValueError: no layers, a linear whose weight is not finite, or what the two functions raise; one
@@ -164,22 +167,28 @@ def quantize_layers(
     found: dict[str, QuantLayer] = {}
     for group, members in groups.items():
         linears = [_linear(model, info) for info in members]
-        weights = [linear.weight.detach().to("cpu", torch.float32) for linear in linears]
+        place = compute_device(linears[0]) if device is None else device
+        weights = [linear.weight.detach().to(place, torch.float32) for linear in linears]
         for info, weight in zip(members, weights, strict=True):
             if not bool(weight.isfinite().all()):
                 raise ValueError(f"{info.name}: the weight must be finite, it has a NaN or an infinity")
         transform = transform_of(members, weights)
+        kept = transform.to("cpu")
         for info, linear, weight in zip(members, linears, weights, strict=True):
             bias = None if linear.bias is None else linear.bias.detach().to("cpu", torch.float32, copy=True)
             name = group if len(members) > 1 else None
-            found[info.name] = QuantLayer(weight_of(info, transform.weight(weight)), bias, transform, name)
+            stored = weight_of(info, transform.weight(weight)).to("cpu")
+            found[info.name] = QuantLayer(stored, bias, kept, name)
             if progress is not None:
                 progress(len(found), len(infos), info.name)
     return {info.name: found[info.name] for info in infos}
 
 
 def correct_biases(
-    model: nn.Module, layers: Mapping[str, QuantLayer], calibration: Calibration
+    model: nn.Module,
+    layers: Mapping[str, QuantLayer],
+    calibration: Calibration,
+    device: torch.device | str | None = None,
 ) -> dict[str, QuantLayer]:
     """Take the mean error of each layer's outputs, on the calibration's rows, off its bias.
 
@@ -191,10 +200,13 @@ def correct_biases(
     for name, layer in layers.items():
         if layer.bias is None or hasattr(layer.weight, "switchable_bits"):
             continue
-        weight = get_linear(model, name).weight.detach().to("cpu", torch.float32)
-        rows = calibration[name].rows.to(torch.float32)
-        error = QuantLinear(layer)(rows) - (rows @ weight.T + layer.bias)
-        found[name] = replace(layer, bias=layer.bias - error.mean(0))
+        linear = get_linear(model, name)
+        place = compute_device(linear) if device is None else device
+        weight = linear.weight.detach().to(place, torch.float32)
+        rows = calibration[name].rows.to(place, torch.float32)
+        wanted = rows @ weight.T + layer.bias.to(place)
+        error = QuantLinear(layer.to(place))(rows) - wanted
+        found[name] = replace(layer, bias=layer.bias - error.mean(0).cpu())
     return found
 
 

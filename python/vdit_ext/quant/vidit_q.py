@@ -59,6 +59,7 @@ def quantize(
     seed: int = 0,
     progress: Progress | None = None,
     layers: Iterable[LinearInfo] | None = None,
+    device: torch.device | str | None = None,
 ) -> QuantizedModel:
     """Quantize a transformer's linears; the model is not touched.
 
@@ -87,6 +88,7 @@ def quantize(
         seed: of the rotation's signs.
         progress: called with layers done, layers in all, and the layer's name.
         layers: which linears; by default :func:`vdit_ext.quant.linear_layers` of the model.
+        device: where to compute; by default where the weights are.
 
     Returns:
         A :class:`QuantizedModel`. Its report has each group's mask and rotation and the weights' average bits.
@@ -113,7 +115,7 @@ def quantize(
         candidates = balance.candidates(members, weights, low, calibration)
         best = next(iter(candidates))
         if len(candidates) > 1:
-            rows = calibration[members[0].name].rows
+            rows = calibration[members[0].name].rows.to(weights[0].device)
             best = nearest_outputs(rows, weights, candidates, lambda w: round_to(w, low).dequantize())
         chosen[members[0].group] = {"hadamard": best[0], "alpha": best[1]}
         return candidates[best]
@@ -122,9 +124,9 @@ def quantize(
         grid = round_to(weight, max(levels[info.name]))
         return to_planes(grid) if len(levels[info.name]) > 1 else store(grid)
 
-    found = quantize_layers(model, infos, transform_of, weight_of, progress)
+    found = quantize_layers(model, infos, transform_of, weight_of, progress, device)
     if bias_correction:
-        found = correct_biases(model, found, calibration)
+        found = correct_biases(model, found, calibration, device)
     report = {
         "bits": bits,
         "preset": preset,
@@ -164,10 +166,11 @@ class _Balance:
         wanted = ("block" if low <= 4 else "none") if self.rotation == "auto" else self.rotation
         alpha = ("search" if low <= 4 else None) if self.alpha == "auto" else self.alpha
         alphas = (None, *ALPHAS) if alpha == "search" else (alpha,)
-        amax = None if alphas == (None,) else calibration[members[0].name].amax
+        place = weights[0].device
+        amax = None if alphas == (None,) else calibration[members[0].name].amax.to(place)
         found = {}
         for kind in ("block", "none") if wanted == "search" else (wanted,):
-            turned = _rotation(kind, members[0], self.seed, self.activation_bits)
+            turned = _rotation(kind, members[0], self.seed, self.activation_bits).to(place)
             for one in alphas:
                 found[turned.hadamard, one] = turned if one is None else _masked(turned, amax, weights, one)
         return found

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,10 @@ class _Weight:
         """The tensor fields that are present, by name."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same weight with its tensors on a device."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     @property
     def nbytes(self) -> int:
