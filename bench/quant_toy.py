@@ -92,12 +92,6 @@ _VQ = tuple(
 ROWS = {name: (*_ROUNDED, *_SMOOTHED, *_VIDIT_Q, *_LRQ_DIT, *_VQ) for name in ("toy_t2v", "toy_dit")}
 
 
-def before_each(on_step: Callable[[int, int], None], steps: int) -> Callable[[int, int], None]:
-    """A callback for after each step, counted from 1, that calls `on_step` before each step, counted from 0."""
-    on_step(0, steps)
-    return lambda done, total: on_step(done, total) if done < total else None
-
-
 def toy_t2v() -> Toy:
     """The text-to-video model; calibrated on other prompts and other noise than it is measured on."""
     pipe = toyworld.load_pipeline()
@@ -105,7 +99,9 @@ def toy_t2v() -> Toy:
 
     def sample(i: int, on_step: Callable[[int, int], None]) -> np.ndarray:
         prompt = MEASURED_PROMPTS[i % len(MEASURED_PROMPTS)]
-        return pipe(prompt, seed=i // len(MEASURED_PROMPTS), callback=before_each(on_step, steps)).frames
+        return pipe(
+            prompt, seed=i // len(MEASURED_PROMPTS), callback=measure.before_each(on_step, steps)
+        ).frames
 
     runs = [functools.partial(pipe, prompt, seed=100 + i) for i, prompt in enumerate(CALIBRATION_PROMPTS)]
     return Toy("toy_t2v", pipe.transformer, steps, sample, runs)
@@ -118,7 +114,7 @@ def toy_dit() -> Toy:
     classes = list(range(0, len(dit.CLASSES), len(dit.CLASSES) // 8))[:8]
 
     def sample(i: int, on_step: Callable[[int, int], None]) -> np.ndarray:
-        latents = pipe(classes, seed=1000 * i, callback=before_each(on_step, steps))
+        latents = pipe(classes, seed=1000 * i, callback=measure.before_each(on_step, steps))
         return dit.decode(latents).round().clamp(0, 255).to(torch.uint8).numpy()
 
     others = [label for label in range(len(dit.CLASSES)) if label not in classes][:8]

@@ -17,16 +17,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .quant import files
 from .quant.apply import QuantizedModel, get_linear
-from .quant.calibration import Calibration, InputStatistics, calibrate
+from .quant.calibration import Calibration, calibrate
+from .quant.calibration_files import load_calibration, save_calibration
 from .quant.layers import LayerList, linear_layers
 from .quant.linear import QuantLayer, QuantLinear, compute_device
-from .quant.measure import snr, weight_snr
+from .quant.measure import before_each, snr, weight_snr
 from .quant.methods import entry_of, run
+from .quant.sensitivity import measure_sensitivity, plan_precision
+from .quant.vidit_q import BitMap, average_bits
 
 PARTIAL = ".partial"
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -56,6 +58,12 @@ class Job:
         prompts, steps, guidance, height, width, frames: what the calibration samples; None is the model's
         default.
         rows: rows kept of the input of each layer.
+        average_bits: 4 to 8: measure how much each part of the model matters in each quarter of the steps, on
+            the first prompt, and plan a bit map of so many bits a weight (:mod:`vdit_ext.quant.sensitivity`);
+            None for the method's own map. Only for vidit_q with w4a8-mp.
+        by_interval: False measures over all steps at once, in about a quarter of the clips.
+        calibration: folder to take the calibration from, or to leave it in for other bits and methods; None
+            keeps it only until the run is finished.
     """
 
     method: str
@@ -70,6 +78,9 @@ class Job:
     width: int | None = None
     frames: int | None = None
     rows: int = 512
+    average_bits: float | None = None
+    by_interval: bool = True
+    calibration: Path | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -196,6 +207,7 @@ def quantize_to(
             holds another model; one sentence. A new run leaves nothing behind then, but for an OSError.
     """
     stage = stage or (lambda name, total: lambda done, total: None)
+    check_mixed(job)
     lists = {name: linear_layers(model, job.layers) for name, model in source.models.items()}
     facts = _fingerprint(source, job, lists)
     if resume and (done := _finished(out, source, facts)) is not None:
@@ -221,9 +233,9 @@ def _quantize_all(
     for name, model in source.models.items():
         label = name if len(source.models) > 1 else ""
         calibration = _calibration(source, name, lists[name], job, partial, stage) if job.calibrated else None
-        quantized = _quantize(
-            model, lists[name], calibration, job, partial, name, stage(label or job.method, 1)
-        )
+        precision = _precision(source, name, lists[name], calibration, job, partial, stage)
+        tell = stage(label or job.method, 1)
+        quantized = _quantize(model, lists[name], calibration, precision, job, partial, name, tell)
         records[name] = (quantized, _layer_records(model, quantized, lists[name], calibration))
     report = _report(source, job, partial.facts, records, lists, partial.seconds + time.perf_counter() - start)
     _write(out, source, job, records, report)
@@ -235,6 +247,7 @@ def _quantize(
     model: nn.Module,
     layers: LayerList,
     calibration: Calibration | None,
+    precision: tuple[BitMap, ...],
     job: Job,
     partial: _Partial,
     component: str,
@@ -264,6 +277,10 @@ def _quantize(
         part = partial.block(component, block)
         if part is None:
             before = done
+            if precision:
+                names = {info.name for info in infos}
+                own = [{name: bits for name, bits in one.items() if name in names} for one in precision]
+                common["precision"] = own
             part = run(
                 job.method,
                 model,
@@ -279,7 +296,63 @@ def _quantize(
             tell(done + len(infos), len(layers))
         done += len(infos)
         parts.append(part)
-    return _joined(parts)
+    joined = _joined(parts)
+    if joined.intervals:
+        average = average_bits(layers, joined.intervals)
+        return dataclasses.replace(joined, report={**joined.report, "average_weight_bits": average})
+    return joined
+
+
+def check_mixed(job: Job) -> None:
+    """Raise ValueError, one sentence, for an average that the method cannot have, or a measure without one."""
+    if job.average_bits is None:
+        if not job.by_interval:
+            raise ValueError("--measure-whole: --average-bits was expected with it, got none; leave it out")
+        return
+    if (job.method, job.bits) != ("vidit_q", "w4a8-mp") or "precision" in job.settings:
+        raise ValueError(
+            "--average-bits: method vidit_q with bits w4a8-mp and no precision of its own was expected, got "
+            f"{job.method} with {job.bits}"
+        )
+    if not 4 <= job.average_bits <= 8:
+        raise ValueError(f"--average-bits: 4 to 8 was expected, got {job.average_bits}")
+
+
+def _precision(
+    source: Source,
+    component: str,
+    layers: LayerList,
+    calibration: Calibration | None,
+    job: Job,
+    partial: _Partial,
+    stage: Stage,
+) -> tuple[BitMap, ...]:
+    """The measured bit map; empty where the method's own is wanted."""
+    if job.average_bits is None:
+        return ()
+    from .compare import Request
+
+    sizes = (job.height, job.width, job.frames)
+    request = source.sampler.resolve(Request(job.prompts[0], job.seed, job.steps, job.guidance, *sizes))
+
+    def sample(on_step: Callable[[int, int], None]) -> torch.Tensor:
+        frames = source.sampler.sample(request, before_each(on_step, request.steps))
+        return torch.from_numpy(frames).float()
+
+    model, infos = source.models[component], list(layers)
+    common = {"layers": infos, "seed": job.seed, "bits": job.bits, "precision": "switchable"}
+    planes = run(job.method, model, calibration, **common, **job.settings)
+    tell = stage("measure", 1)
+    found = measure_sensitivity(
+        model,
+        planes,
+        sample,
+        layers=infos,
+        by_interval=job.by_interval,
+        kept=partial.losses(component),
+        progress=lambda done, total, what: tell(done, total),
+    )
+    return plan_precision(found, job.average_bits)
 
 
 def _joined(parts: list[QuantizedModel]) -> QuantizedModel:
@@ -326,9 +399,12 @@ def _calibration(
 ) -> Calibration:
     """Of an earlier run where it was kept; the calls to sample with are given along in any case."""
     steps, calls = _calls(source, job)
-    kept = partial.calibration(component, tuple(call(None) for call in calls))
-    if kept is not None:
-        return kept
+    runs = tuple(call(None) for call in calls)
+    facts = {key: partial.facts[key] for key in _CALIBRATION_FACTS}
+    folders = [folder / component for folder in (partial.folder, job.calibration) if folder is not None]
+    for folder in folders:
+        if (kept := load_calibration(folder, facts, runs)) is not None:
+            return kept
     tell, done = stage("calibrate", steps * len(calls)), 0
 
     def note(step: int, total: int) -> None:
@@ -338,8 +414,10 @@ def _calibration(
 
     model = source.models[component]
     found = calibrate(model, [call(note) for call in calls], layers=list(layers), rows=job.rows, seed=job.seed)
-    partial.keep_calibration(component, found)
-    return Calibration(found.layers, tuple(call(None) for call in calls))
+    for folder in folders:
+        save_calibration(folder, found, facts)
+    partial.note()
+    return Calibration(found.layers, runs)
 
 
 def _calls(source: Source, job: Job) -> tuple[int, list[Callable[[Any], Callable[[], Any]]]]:
@@ -360,6 +438,10 @@ def _calls(source: Source, job: Job) -> tuple[int, list[Callable[[Any], Callable
 # ---------------------------------------------------------------------------------------------------------
 
 
+# Of a run's fingerprint, what decides its calibration.
+_CALIBRATION_FACTS = ("model", "seed", "layers", "prompts", "steps", "guidance", "size", "rows", "weights")
+
+
 def _fingerprint(source: Source, job: Job, lists: Mapping[str, LayerList]) -> dict[str, Any]:
     """What must be equal for one run to go on with the work of another."""
     return {
@@ -374,6 +456,8 @@ def _fingerprint(source: Source, job: Job, lists: Mapping[str, LayerList]) -> di
         "guidance": job.guidance,
         "size": [job.width, job.height, job.frames],
         "rows": job.rows,
+        "average_bits": job.average_bits,
+        "by_interval": job.by_interval,
         "weights": {name: _digest(model, lists[name]) for name, model in source.models.items()},
         "format": files.VERSION,
     }
@@ -455,39 +539,10 @@ class _Partial:
         files.save(self.folder / component / block, quantized)
         self.note()
 
-    def calibration(self, component: str, calls: tuple) -> Calibration | None:
-        path = self.folder / component / "calibration.json"
-        if not path.is_file():
-            return None
-        about = json.loads(path.read_text())
-        tensors = load_file(path.with_suffix(".safetensors"))
-        own = {
-            leader: InputStatistics(
-                tensors[f"{leader}.amax"], rms, tensors[f"{leader}.rows"], num_rows, num_calls
-            )
-            for leader, (rms, num_rows, num_calls) in about["facts"].items()
-        }
-        return Calibration({name: own[leader] for name, leader in about["leaders"].items()}, calls)
-
-    def keep_calibration(self, component: str, calibration: Calibration) -> None:
-        leaders: dict[int, str] = {}
-        for name, statistics in calibration.layers.items():
-            leaders.setdefault(id(statistics), name)
-        own = {name: calibration.layers[name] for name in leaders.values()}
-        tensors = {f"{name}.{key}": getattr(one, key) for name, one in own.items() for key in ("amax", "rows")}
-        about = {
-            "leaders": {name: leaders[id(one)] for name, one in calibration.layers.items()},
-            "facts": {name: (one.rms, one.num_rows, one.calls) for name, one in own.items()},
-        }
-        folder = self.folder / component
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "calibration.safetensors"
-        )
-        temporary = folder / ".calibration.json"
-        temporary.write_text(json.dumps(about))
-        temporary.replace(folder / "calibration.json")  # last: with it, the tensors are complete
-        self.note()
+    def losses(self, component: str) -> _Losses:
+        """What was measured of a model's sensitivity."""
+        (self.folder / component).mkdir(parents=True, exist_ok=True)
+        return _Losses(self.folder / component / "losses.json")
 
     def remove(self) -> None:
         """With the folder it is in, when that was made for it and holds nothing else."""
@@ -495,6 +550,20 @@ class _Partial:
         if self._made_parent:
             with contextlib.suppress(OSError):
                 self.folder.parent.rmdir()
+
+
+class _Losses(dict[str, float]):
+    """Losses by clip; a file keeps each as it comes."""
+
+    def __init__(self, path: Path):
+        super().__init__(json.loads(path.read_text()) if path.is_file() else {})
+        self.path = path
+
+    def __setitem__(self, clip: str, loss: float) -> None:
+        super().__setitem__(clip, loss)
+        temporary = self.path.with_name(f".{self.path.name}")
+        temporary.write_text(json.dumps(self))
+        temporary.replace(self.path)
 
 
 def _finished(out: Path, source: Source, facts: dict[str, Any]) -> dict[str, Any] | None:
@@ -575,6 +644,9 @@ def _report(
         "method": job.method,
         "bits": job.bits,
         "settings": dict(job.settings),
+        "average_weight_bits": {
+            name: quantized.report.get("average_weight_bits") for name, (quantized, _) in records.items()
+        },
         "seed": job.seed,
         "prompts": list(job.prompts) if job.calibrated else [],
         "layers": rows,

@@ -18,7 +18,7 @@ from vdit_ext.quant import files, methods
 RTN = ("quantize", "toy", "--method", "rtn")
 CALIBRATED = ("quantize", "toy", "--method", "smoothquant", "--steps", "2", "--rows", "16")
 KEYS = {"model", "method", "bits", "settings", "seed", "prompts", "layers", "kept"}
-KEYS |= {"bytes", "bytes_bf16", "seconds", "out"}
+KEYS |= {"bytes", "bytes_bf16", "seconds", "out", "average_weight_bits"}
 LAYER_KEYS = {"layer", "model", "kind", "format", "bits", "fewest_bits", "bytes", "bytes_bf16"}
 LAYER_KEYS |= {"weight_snr", "output_snr"}
 
@@ -141,6 +141,55 @@ def test_a_finished_run_is_reported_by_resume(vdit, tmp_path):
     assert other["bits"] == "w4a8" and files.read_settings(tmp_path / "new")["info"]["bits"] == "w4a8"
 
 
+def test_a_kept_calibration_serves_other_bits_and_methods(vdit, refused, tiny, tmp_path):
+    kept = ("--calibration", tmp_path / "calibration")
+    first = vdit(*CALIBRATED, *kept, "--out", tmp_path / "first", "--json")
+    assert first.exit_code == 0, first.stderr
+    calls = tiny.calls
+    again = json.loads(vdit(*CALIBRATED, *kept, "--out", tmp_path / "again", "--json").stdout)
+    assert again["layers"] == json.loads(first.stdout)["layers"]
+    other = ("quantize", "toy", "--method", "vidit_q", "--bits", "w4a8", *CALIBRATED[4:], *kept)
+    result = vdit(*other, "--out", tmp_path / "other")
+    assert result.exit_code == 0 and "calibrate" not in result.stderr, result.stderr
+    assert tiny.calls == calls
+    refused(vdit(*other, "--seed", "5", "--out", tmp_path / "new"), "a calibration with seed 5", "made with 0")
+    assert not (tmp_path / "new").exists()
+    about = tmp_path / "calibration" / "transformer" / "calibration.json"
+    about.write_text(about.read_text()[:100])
+    refused(vdit(*other, "--out", tmp_path / "new"), "must be a calibration, they are damaged")
+    refused(
+        vdit(*RTN, *kept, "--out", tmp_path / "new"), "--calibration: a method that calibrates was expected"
+    )
+
+
+MIXED = ("quantize", "toy", "--bits", "w4a8-mp", "--steps", "4", "--rows", "16", "--average-bits", "6")
+
+
+def test_a_measured_map_keeps_to_its_budget_and_is_taken_up_again(vdit, refused, tiny, tmp_path, monkeypatch):
+    once = vdit(*MIXED, "--out", tmp_path / "once", "--json")
+    assert once.exit_code == 0, once.stderr
+    record = json.loads(once.stdout)
+    assert 5 <= record["average_weight_bits"]["transformer"] <= 6
+    calls, out, keep = tiny.calls, tmp_path / "new", quantizing._Losses.__setitem__
+
+    def keep_some(self, clip, loss):
+        if len(self) == 5:
+            raise KeyboardInterrupt
+        keep(self, clip, loss)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizing._Losses, "__setitem__", keep_some)
+        assert vdit(*MIXED, "--out", out).exit_code == 130
+    before = tiny.calls
+    result = vdit(*MIXED, "--out", out, "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert "bits a weight) on the toy model" in result.stdout and "measure: " in result.stderr
+    refused(vdit(*MIXED[:-1], "9", "--out", tmp_path / "no"), "--average-bits: 4 to 8 was expected, got 9")
+    # Neither the calibration nor the five losses anew; the two clips that they are measured against are.
+    assert tiny.calls - before == calls - len(quantizing.TOY_PROMPTS) - 5
+    assert files.load(out).intervals == files.load(tmp_path / "once").intervals
+
+
 def test_an_unfinished_run_is_not_overwritten(vdit, refused, tmp_path, monkeypatch):
     out = tmp_path / "new"
     interrupted(vdit, monkeypatch, *RTN, "--out", out)
@@ -179,6 +228,8 @@ def test_other_weights_do_not_resume(vdit, tiny, refused, tmp_path, monkeypatch)
         (("--set", "clip=all"), ("clip one of minmax, mse, got",)),
         (("--steps", "2"), ("--steps: a method that calibrates was expected, rtn does not",)),
         (("--size", "32x32"), ("--size: a method that calibrates was expected, rtn does not",)),
+        (("--average-bits", "6"), ("--average-bits: method vidit_q with bits w4a8-mp", "got rtn with w8a8")),
+        (("--measure-whole",), ("--measure-whole: --average-bits was expected with it",)),
     ],
 )
 def test_bad_input_is_one_sentence(vdit, refused, tmp_path, arguments, words):

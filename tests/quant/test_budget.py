@@ -105,7 +105,30 @@ def test_units_are_blocks_kinds_and_quarters(measured):
     cost = {unit.key: unit.cost for unit in result.units}
     assert cost[0, "blocks.0.self"] == 3 * 96 * 96 and cost[3, "blocks.1.ffn"] == 2 * 96 * 160
     assert told[-1][:2] == (1 + 1 + 2 + 24, 1 + 1 + 2 + 24)
-    assert [done for done, _, _ in told] == list(range(2, 29))
+    assert [done for done, _, _ in told] == list(range(1, 29))
+
+
+def test_losses_that_were_kept_are_not_measured_again():
+    model, clips, kept = Tiny(), [], {}
+    layers = layers_of(model)
+
+    def sample(on_step):
+        clips.append(0)
+        if len(clips) == 7:
+            raise KeyboardInterrupt
+        for step in range(STEPS):
+            on_step(step, STEPS)
+            x = model(normal(12, 96))
+        return x.reshape(4, 6, 16, 3)
+
+    planes = quantize(model, None, bits="w4a8-mp", precision="switchable", alpha=None, layers=layers)
+    given = {"layers": layers, "by_interval": False}
+    with pytest.raises(KeyboardInterrupt):
+        measure_sensitivity(model, planes, sample, kept=kept, **given)
+    assert len(kept) == 4
+    again = measure_sensitivity(model, planes, sample, kept=kept, **given)
+    assert len(clips) == 7 + 2 + (2 + 6 - 4)
+    assert again == measure_sensitivity(model, planes, sample, **given)
 
 
 def test_the_part_that_suffers_most_has_the_largest_gain(measured):

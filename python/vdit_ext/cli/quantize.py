@@ -3,6 +3,7 @@ interrupted."""
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..quantizing import Job, Source
 
 _CALIBRATION = "Calibration"
+_MIXED = "Mixed precision"
 
 
 @command
@@ -57,6 +59,31 @@ def quantize(
         int,
         typer.Option("--rows", min=1, help="Rows kept of each layer's input.", rich_help_panel=_CALIBRATION),
     ] = 512,
+    kept: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            help="Folder to keep the calibration in, and to take it from for other bits and methods.",
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = None,
+    average_bits: Annotated[
+        float | None,
+        typer.Option(
+            "--average-bits",
+            help="For vidit_q with w4a8-mp: measure which parts need 8 bits in which quarter of the steps, and "
+            "spend this many a weight, 4 to 8. Samples a clip for each kind of layer, block and quarter.",
+            rich_help_panel=_MIXED,
+        ),
+    ] = None,
+    whole: Annotated[
+        bool,
+        typer.Option(
+            "--measure-whole",
+            help="Measure over all steps at once: about a quarter of the clips.",
+            rich_help_panel=_MIXED,
+        ),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run; a finished one is only reported.")
     ] = False,
@@ -89,6 +116,7 @@ def quantize(
     --json prints all layers: model, layer, kind, format, bits, bytes, weight_snr, output_snr.
     """
     job = _job(model, method, bits, seed, layers, settings, prompts, rows, (steps, guidance, size, frames))
+    job = _with_extras(job, average_bits, whole, kept)
     check_folder(out)
     if model == "toy" and (dtype is not None or device is not None):
         raise Refusal("--dtype and --device go with a folder; the toy model runs in float32 on the CPU")
@@ -139,6 +167,22 @@ def _job(
     sizes = {f: getattr(requests[0], f) for f in ("height", "width", "frames")} if requests else {}
     chosen = tuple(layers) if layers else None
     return Job(method, bits or entry.bits[0], seed, given, chosen, said, steps, guidance, **sizes, rows=rows)
+
+
+def _with_extras(job: Job, average_bits: float | None, whole: bool, kept: Path | None) -> Job:
+    """The job with a measured bit map and a kept calibration, checked."""
+    from ..quantizing import check_mixed
+
+    if kept is not None:
+        if not job.calibrated:
+            raise Refusal(
+                f"--calibration: a method that calibrates was expected, {job.method} does not; leave it out"
+            )
+        check_folder(kept)
+    job = dataclasses.replace(job, average_bits=average_bits, by_interval=not whole, calibration=kept)
+    with refusing():
+        check_mixed(job)
+    return job
 
 
 def _refuse_sampling(method: str, prompts: Path | None, sampling: tuple[Any, ...]) -> None:
@@ -211,8 +255,11 @@ def _summary(record: dict[str, Any]) -> str:
 
     own, full = record["bytes"] / 2**20, record["bytes_bf16"] / 2**20
     kept = sum(len(names) for names in record["kept"].values())
+    bits = [value for value in record["average_weight_bits"].values() if record["bits"].endswith("-mp")]
+    average = f" ({statistics.fmean(bits):.2f} bits a weight)" if bits else ""
     return (
-        f"{record['method']} {record['bits']} on the {record['model']} model: {len(record['layers'])} linears "
+        f"{record['method']} {record['bits']}{average} on the {record['model']} model: "
+        f"{len(record['layers'])} linears "
         f"in {own:.2f} MiB, {full / own:.2f} times less than in bfloat16; {kept} linears in high precision; "
         f"{seconds(record['seconds'])}"
     )

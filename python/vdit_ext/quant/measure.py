@@ -21,6 +21,15 @@ OnStep = Callable[[int, int], None]  # (step, from 0; steps in all)
 Sample = Callable[[OnStep], Any]  # samples with the model, calling back before each step, as in .sensitivity
 
 
+def before_each(on_step: OnStep, steps: int) -> OnStep:
+    """A callback for after each step, counted from 1, that calls ``on_step`` before each, counted from 0.
+
+    It has been called for the first one when this returns.
+    """
+    on_step(0, steps)
+    return lambda done, total: on_step(done, total) if done < total else None
+
+
 def snr(reference: Tensor, approximation: Tensor) -> float:
     """Signal over error in dB, over all elements; infinite where both are equal, NaN for a zero signal."""
     reference, error = reference.double(), approximation.double() - reference.double()

@@ -7,7 +7,7 @@ CLIP, DOVER or optical flow can take their places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,12 +78,14 @@ def measure_sensitivity(
     layers: Iterable[LinearInfo] | None = None,
     metrics: Mapping[str, Metric] | None = None,
     by_interval: bool = True,
+    kept: MutableMapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
     """Sample with one unit after another at 4 bits and the rest at 8.
 
     A unit is the layers of one kind in one block, and with ``by_interval`` in one quarter of the steps. One
-    clip is sampled for each unit, and a few more.
+    clip is sampled for each unit, and a few more: of Wan 2.1 14B, whose 40 blocks have three kinds each, 484
+    clips, or 124 without ``by_interval``.
 
     Args:
         model: full precision; it is one again afterwards.
@@ -93,6 +95,7 @@ def measure_sensitivity(
         metrics: loss by group ("content", "quality", "motion"), by default :data:`METRICS`.
         by_interval: False measures a unit over all steps at once, at a quarter of the cost, and divides what it
             finds evenly among the quarters.
+        kept: losses that an interrupted call with the same arguments measured, by clip; is added to.
         progress: called with clips done, clips in all, and the unit.
 
     Raises:
@@ -100,6 +103,7 @@ def measure_sensitivity(
     """
     infos = list(linear_layers(model) if layers is None else layers)
     losses = METRICS | dict(metrics or {})
+    kept = {} if kept is None else kept
     members, group_of = _units(infos)
     sizes = {info.name: info.in_features * info.out_features for info in infos}
     cost = {unit: sum(sizes[name] for name in names) for unit, names in members.items()}
@@ -108,29 +112,35 @@ def measure_sensitivity(
     total = 2 + len(groups) + len(spans) * len(members)
     done = 0
 
-    def run(names: Iterable[str], span: tuple[int, ...], what: str) -> Tensor:
+    def tell(what: str) -> None:
         nonlocal done
-        frames = _sample_with(applied, sample, set(names), span)
         done += 1
         if progress is not None:
             progress(done, total, what)
-        return frames
+
+    def loss_of(names: Iterable[str], span: tuple[int, ...], what: str, metric: Metric) -> float:
+        clip = f"{what} {span}"
+        if clip not in kept:
+            kept[clip] = metric(reference, _sample_with(applied, sample, set(names), span))
+        tell(what)
+        return kept[clip]
 
     reference = sample(lambda step, steps: None)
-    done += 1
+    tell("full precision")
     with apply(model, quantized) as applied:
-        base = run((), (), "8 bits")
+        base = _sample_with(applied, sample, set(), ())
+        tell("8 bits")
         everywhere = tuple(range(INTERVALS))
         shares = {}
         for group in groups:
             names = [name for unit in members if group_of[unit] == group for name in members[unit]]
-            shares[group] = quality_loss(reference, run(names, everywhere, group))
+            shares[group] = loss_of(names, everywhere, group, quality_loss)
         found = []
         for span in spans:
             for unit, names in members.items():
-                frames = run(names, span, unit)
-                loss = losses[group_of[unit]]
-                gain = max(0.0, loss(reference, frames) - loss(reference, base)) / len(span)
+                metric = losses[group_of[unit]]
+                excess = loss_of(names, span, unit, metric) - metric(reference, base)
+                gain = max(0.0, excess) / len(span)
                 found += [Unit((interval, unit), group_of[unit], cost[unit], gain) for interval in span]
     return Sensitivity(tuple(found), shares, members, INTERVALS, sum(sizes.values()))
 
