@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -130,7 +130,7 @@ def run(bits: list[str], rows: list[str], modulation: bool, pictures: int) -> tu
 def line(row: dict) -> str:
     """A row of the table."""
     cells = [f"{row[key]:.1f}" if key in row else "-" for key in ("weight_snr_db", "block_snr_db", "psnr_db")]
-    cells += [f"{row['rates']['colour']:.0%}", f"{row['kib']:.0f}"]
+    cells += [f"{row['rates']['colour']:.0%}", f"{row['rates']['shape']:.0%}", f"{row['kib']:.0f}"]
     cells.append(f"{row['seconds']:.0f}" if "seconds" in row else "-")
     return f"| {row['method']} | {row.get('bits', '-')} | {' | '.join(cells)} |"
 
@@ -145,11 +145,26 @@ def table(result: dict) -> str:
         f"torch {result['versions']['torch']}. Toy results: {result['pictures']} pictures, linears {which} "
         "adaLN modulation, activations in fp32.",
         "",
-        "| method | bits | weight SNR dB | block SNR dB | PSNR dB | colour | KiB | s to quantize |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
+        "| method | bits | weight SNR dB | block SNR dB | PSNR dB | colour | shape | KiB | s to quantize |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
         *map(line, result["rows"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def labelled_sheet(sheets: dict[str, np.ndarray], columns: int = 12):
+    """A PIL image with the first pictures of each row behind the row's name."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    pixels = check_dit.sheet(np.concatenate([frames[:columns] for frames in sheets.values()]), columns)
+    font = ImageFont.load_default(14)
+    width = 8 + max(int(font.getlength(name)) for name in sheets)
+    image = Image.new("RGB", (width + pixels.shape[1], pixels.shape[0]), "white")
+    image.paste(Image.fromarray(pixels), (width, 0))
+    draw, height = ImageDraw.Draw(image), pixels.shape[0] / len(sheets)
+    for i, name in enumerate(sheets):
+        draw.text((width - 6, (i + 0.5) * height), name, fill="black", font=font, anchor="rm")
+    return image
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -170,14 +185,11 @@ def main(argv: list[str] | None = None) -> None:
     result, sheets = run(options.bits.split(","), rows, options.modulation, options.pictures)
     print(table(result))
     if options.write:
-        from PIL import Image
-
         part = "_modulation" if options.modulation else ""
         stem = RESULTS / f"{result['date']}_{slug(result)}_toy-vq{part}"
         stem.with_suffix(".md").write_text(table(result))
         stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        strips = torch.cat([torch.from_numpy(frames[:12]) for frames in sheets.values()]).numpy()
-        Image.fromarray(check_dit.sheet(strips)).save(stem.with_suffix(".png"))
+        labelled_sheet(sheets).save(stem.with_suffix(".png"))
 
 
 if __name__ == "__main__":
