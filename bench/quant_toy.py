@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Every quantization method at each of its bit widths on the trained toy models, beside its baselines.
 
-    python bench/quant_toy.py [--models toy_t2v,toy_dit] [--only vidit_q,rtn] [--clips 2] [--write]
+    python bench/quant_toy.py [--models toy_t2v,toy_dit] [--only vidit_q,rtn] [--bits w4a8] [--write]
 
 Prints, for each model and row: SNR of the weights (mask and rotation undone), SNR of whole blocks on the inputs
 that the full-precision model gives them, PSNR of what is sampled against the full-precision run from the same
@@ -163,8 +163,8 @@ def full_precision(toy: Toy, clips: int) -> tuple[list[np.ndarray], dict]:
     return references, row | {"seconds_a_clip": (time.perf_counter() - start) / clips}
 
 
-def run(names: list[str], only: set[str] | None, clips: int, progress: Callable[[str], None]) -> dict:
-    """The whole table as data."""
+def run(names: list[str], only: set[str], bits: set[str], clips: int, progress: Callable[[str], None]) -> dict:
+    """The table as data; `only` and `bits` choose rows, all where they are empty."""
     rows, calibrations = [], {}
     for name in names:
         toy = TOYS[name]()
@@ -176,7 +176,7 @@ def run(names: list[str], only: set[str] | None, clips: int, progress: Callable[
         probe = measure.BlockProbe(toy.model, functools.partial(toy.sample, 0), probed)
         rows.append(first)
         for row in ROWS[name]:
-            if only is None or row.name in only or row.method in only:
+            if (not only or {row.name, row.method} & only) and (not bits or row.bits in bits):
                 progress(f"{name}: {row.name} {row.bits}")
                 rows.append(measure_row(toy, row, calibration, probe, references))
     return {
@@ -201,12 +201,13 @@ def table(result: dict) -> list[str]:
         lines += [
             f"## {model} (calibration {seconds:.0f} s)",
             "",
-            "| method | bits | weight SNR dB | block SNR dB | PSNR dB | MiB | s to quantize | s a clip |",
-            "|---|---|--:|--:|--:|--:|--:|--:|",
+            "| method | bits | weight SNR | block SNR | PSNR | worst, dB | MiB | s to quantize | s a clip |",
+            "|---|---|--:|--:|--:|--:|--:|--:|--:|",
         ]
         for row in result["rows"]:
             if row["model"] == model:
-                keys = ("weight_snr_db", "block_snr_db", "psnr_db", "mib", "seconds", "seconds_a_clip")
+                row = row | {"worst": min(row.get("psnr_db_each", [None]))}
+                keys = ("weight_snr_db", "block_snr_db", "psnr_db", "worst", "mib", "seconds", "seconds_a_clip")
                 cells = [_cell(row.get(key), 2 if key == "mib" else 1) for key in keys]
                 lines.append(f"| {row['method']} | {row['bits']} | {' | '.join(cells)} |")
         lines.append("")
@@ -221,21 +222,23 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(TOYS), help="toy_t2v, toy_dit or both (default)")
     parser.add_argument("--only", default="", help="methods, separated by commas; all by default")
+    parser.add_argument("--bits", default="", help="as in w4a8, separated by commas; all by default")
     parser.add_argument("--clips", type=int, default=2, help="measured clips of each model (default: 2)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--write", action="store_true", help="also write table and JSON under bench/results")
+    parser.add_argument("--name", default="toy-quant", help="end of the files' name (default: toy-quant)")
     options = parser.parse_args(argv)
     names = options.models.split(",")
     if unknown := [name for name in names if name not in TOYS]:
         parser.error(f"--models must be among {', '.join(TOYS)}, got {unknown[0]}")
     if options.clips < 1:
         parser.error(f"--clips must be at least 1, got {options.clips}")
-    only = set(options.only.split(",")) if options.only else None
-    result = run(names, only, options.clips, lambda what: print(what, file=sys.stderr))
+    only, bits = (set(filter(None, text.split(","))) for text in (options.only, options.bits))
+    result = run(names, only, bits, options.clips, lambda what: print(what, file=sys.stderr))
     text, data = "\n".join(table(result)), json.dumps(result, indent=1)
     print(data if options.json else text)
     if options.write:
-        stem = RESULTS / f"{result['date']}_{slug(result)}_toy-quant"
+        stem = RESULTS / f"{result['date']}_{slug(result)}_{options.name}"
         stem.with_suffix(".md").write_text(text)
         stem.with_suffix(".json").write_text(data + "\n")
 
