@@ -107,3 +107,12 @@ def test_weight_snrs_name_every_layer():
     found = measure.weight_snrs(model, quantized)
     assert found.keys() == quantized.layers.keys()
     assert min(found.values()) > 30
+
+
+def test_before_each_turns_calls_after_steps_into_calls_before_them():
+    told = []
+    after = measure.before_each(lambda *now: told.append(now), 3)
+    assert told == [(0, 3)]
+    for done in (1, 2, 3):
+        after(done, 3)
+    assert told == [(0, 3), (1, 3), (2, 3)]
