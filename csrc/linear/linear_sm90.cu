@@ -16,6 +16,10 @@ bool can_run_linear_sm90(LinearParams const& p) {
          (!table || ((p.table_size == 8 || p.table_size == 16) && address(p.table) % 8 == 0));
 }
 
+bool is_linear_sm90_faster(LinearParams const& p) {
+  return choose_linear_kernel_sm90(p, multiprocessors()).kernel == 90;
+}
+
 void run_linear_sm90(LinearParams const& p, void* stream) {
   if (p.m == 0 || p.n == 0) return;
   if (!can_run_linear_sm90(p)) {

@@ -31,16 +31,16 @@ struct CudaVq {
   }
 
 #ifdef VDIT_HAS_SM90
-  static bool use_sm90_kernels(Tensor const& like) {
-    static bool const asked = is_sm90_asked("VDIT_VQ_KERNEL");
-    return use_sm90(like, asked);
+  static Sm90Products asked() {
+    static Sm90Products const asked = sm90_products_asked("VDIT_VQ_KERNEL");
+    return asked;
   }
 #endif
 
   // Of the kernel that multiplies: 90, or 80 for any other GPU.
   static int kernel_capability([[maybe_unused]] VqLinearParams const& p, [[maybe_unused]] Tensor const& like) {
 #ifdef VDIT_HAS_SM90
-    if (use_sm90_kernels(like) && can_run_vq_linear_sm90(p)) return 90;
+    if (takes_sm90(p, like, asked(), can_run_vq_linear_sm90, is_vq_linear_sm90_faster)) return 90;
 #endif
     return 80;
   }
@@ -55,7 +55,9 @@ struct CudaVq {
   }
   static void run(Scope& s, LinearParams const& p, [[maybe_unused]] Tensor const& like) {
 #ifdef VDIT_HAS_SM90
-    if (use_sm90_kernels(like) && can_run_linear_sm90(p)) return run_linear_sm90(p, s.stream);
+    if (takes_sm90(p, like, asked(), can_run_linear_sm90, is_linear_sm90_faster)) {
+      return run_linear_sm90(p, s.stream);
+    }
 #endif
     run_linear_sm80(p, s.stream);
   }

@@ -52,6 +52,10 @@ bool can_run_vq_linear_sm90(VqLinearParams const& p) {
          all_multiples(16, {p.x, p.codes}, 1, {p.m > 1 ? p.stride_x : 0}) && address(p.codebook) % 4 == 0;
 }
 
+bool is_vq_linear_sm90_faster(VqLinearParams const& p) {
+  return choose_vq_kernel_sm90(p, multiprocessors()).kernel == 90;
+}
+
 void run_vq_linear_sm90(VqLinearParams const& p, void* stream) {
   if (p.m == 0 || p.n == 0) return;
   if (!can_run_vq_linear_sm90(p)) {

@@ -409,14 +409,29 @@ def test_cuda_refuses(backend):
 @pytest.mark.parametrize("int8", [False, True], ids=["halves", "int8"])
 def test_the_choice_of_a_path_says_why(int8):
     """Few rows are looked up, many expanded; the switch is where expanding becomes the cheaper one."""
-    chosen = [_C.vq_path(m, int8=int8) for m in (1, 16, 17, 100, 1000, 10**5)]
+    chosen = [_C.vq_path(m, 1536, 1536, int8=int8) for m in (1, 16, 17, 100, 1000, 10**5)]
     assert [c["path"] for c in chosen][-1] == "expand" and chosen[2]["path"] == "fused"
     assert chosen[0]["path"] == ("fused" if int8 else "rows")
     for choice in chosen:
         assert (choice["path"] == "expand") == (choice["expand_cost"] < choice["fused_cost"])
         assert choice["path"] in choice["text"] and "estimates" in choice["text"]
-    assert _C.vq_path(10**5, int8=int8, path="fused")["path"] == "fused"
-    assert "as asked" in _C.vq_path(4, int8=int8, path="expand")["text"]
+    assert _C.vq_path(10**5, 1536, 1536, int8=int8, path="fused")["path"] == "fused"
+    assert "as asked" in _C.vq_path(4, 1536, 1536, int8=int8, path="expand")["text"]
+
+
+def test_the_path_knows_the_kernel_for_90():
+    """wgmma looks words up at a smaller share of the product, so a weight is expanded later; few rows are left to the
+    kernel for 8.0, and floats have that one alone."""
+    h200 = {"compute_capability": 90, "sm90": True}
+    rows = (16, 63, 64, 1000, 10**5)
+    chosen = [_C.vq_path(m, 5120, 5120, int8=True, **h200) for m in rows]
+    assert [c["kernel"] for c in chosen] == [80, 80, 90, 90, 90]
+    assert [c["path"] for c in chosen] == ["fused"] * 4 + ["expand"]
+    assert "by the sm80 kernel: sm80 would take 0.32 of sm90's time" in chosen[0]["text"]
+    older = _C.vq_path(1000, 5120, 5120, int8=True, compute_capability=90)
+    assert (older["kernel"], older["path"]) == (80, "expand")
+    halves = [_C.vq_path(m, 5120, 5120, **h200) for m in (1, 1000)]
+    assert [(c["kernel"], c["path"]) for c in halves] == [(80, "rows"), (None, "expand")]
 
 
 # --- torch --------------------------------------------------------------------------------------------------
