@@ -316,13 +316,30 @@ def test_linear_epilogues(backend, case, dtype, dim):
 
 @pytest.mark.parametrize("residual", [False, True], ids=["bare", "residual"])
 def test_autocast_does_not_change_the_type(backend, residual):
-    """torch's linear, which multiplies an expanded weight, follows it."""
+    """torch's linear, which multiplies an expanded weight, would follow it."""
     inputs = cases.make_linear(cases.LinearCase("cast", (20,), residual=residual), 4, torch.bfloat16)
     expected = defs.vq_linear_naive(*inputs.args, **inputs.kwargs)
     with torch.autocast(backend.device, dtype=torch.float16):
         out = run(backend, inputs, path="expand")
     assert out.dtype == torch.bfloat16
     assert_close(out, expected)
+
+
+@pytest.mark.parametrize("lead", [(70,), (2, 35), (35, 2)], ids=str)
+@pytest.mark.parametrize("residual", [False, True], ids=["bare", "residual"])
+def test_an_expanded_float_weight_takes_one_result(emulator, lead, residual):
+    """torch's linear writes to the result, where the epilogue finishes it."""
+    inputs = cases.make_linear(
+        cases.LinearCase("once", lead, n=96, k=64, bias=True, residual=residual), 4, torch.bfloat16
+    )
+    expected = defs.vq_linear_naive(*inputs.args, **inputs.kwargs)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        out = run(emulator, inputs, path="expand")
+    assert_close(out, expected)
+    result_bytes = 70 * 96 * 2
+    allocated = [event.self_cpu_memory_usage for event in profile.events() if event.name == "aten::empty"]
+    assert allocated.count(result_bytes) == 1, allocated
 
 
 @by_dim
