@@ -23,8 +23,7 @@ typename Kernel::Params gemm_params(P const& p, int element_bytes, int group) {
 
 template <class Kernel>
 void launch_persistent(typename Kernel::Params const& a, void* stream) {
-  int64_t const tiles = static_cast<int64_t>(a.order.token_tiles) * a.order.output_tiles,
-                blocks = multiprocessors();
+  int64_t const tiles = static_cast<int64_t>(a.order.tiles_m) * a.order.tiles_n, blocks = multiprocessors();
   launch<Kernel>(Grid{blocks < tiles ? blocks : tiles, 1, 1}, Kernel::smem_bytes(), stream, a);
 }
 

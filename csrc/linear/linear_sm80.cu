@@ -12,8 +12,8 @@ namespace {
 
 void check_table(char const* op, WeightFormat format, int32_t table_size, int8_t const* table) {
   if (format != WeightFormat::kTable) return;
-  if ((table_size != 8 && table_size != 16) || !all_multiples(4, {table}, 1, {})) {
-    refuse(op, "a table must have 8 or 16 entries a row at a multiple of 4 bytes, got " +
+  if ((table_size != 8 && table_size != 16) || !all_multiples(8, {table}, 1, {})) {
+    refuse(op, "a table must have 8 or 16 entries a row at a multiple of 8 bytes, got " +
                    std::to_string(table_size) + " entries or a pointer that is not.");
   }
 }
