@@ -176,8 +176,21 @@ struct TileSums {
     }
   }
 
-  // Finishes and stores the block's tile of [m, n]. A quad of lanes swaps columns first, so that a lane has
-  // eight neighbours: a quad then stores 64 bytes of bf16 in a row.
+  // A quad of lanes swaps columns, so that a lane has eight neighbours of row 16 i + 8 h + lane / 4: a quad
+  // then stores 64 bytes of bf16 in a row.
+  VDIT_DEVICE void gather(int i, int group, int h, Sum (&mine)[8]) const {
+    Sum even[4], odd[4];
+    CUTE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      even[j] = v[i][4 * group + j][2 * h], odd[j] = v[i][4 * group + j][2 * h + 1];
+    }
+    quad_transpose(even);
+    quad_transpose(odd);
+    CUTE_UNROLL
+    for (int j = 0; j < 4; ++j) mine[2 * j] = even[j], mine[2 * j + 1] = odd[j];
+  }
+
+  // Finishes and stores the block's tile of [m, n].
   VDIT_DEVICE void store(LinearEpilogue const& e, bool wide, int64_t m, int64_t n, int64_t m0, int64_t n0) {
     if (Tile::warp_k() > 0) return;
     CUTE_UNROLL
@@ -187,30 +200,32 @@ struct TileSums {
       EpilogueColumns const columns(e, column, count, wide);
       CUTE_UNROLL
       for (int i = 0; i < Tile::kMmaM; ++i) {
-        auto const row_of = [&](int h) { return m0 + Tile::warp_m() + 16 * i + 8 * h + lane_idx() / 4; };
-        auto const load = [&](int h) {
-          return EpilogueRow(e, row_of(h), column, row_of(h) < m ? count : 0, wide);
-        };
-        auto const finish = [&](int h, EpilogueRow const& row) {
-          Sum even[4], odd[4];
-          CUTE_UNROLL
-          for (int j = 0; j < 4; ++j) {
-            even[j] = v[i][4 * group + j][2 * h], odd[j] = v[i][4 * group + j][2 * h + 1];
-          }
-          quad_transpose(even);
-          quad_transpose(odd);
-          Sum const mine[8] = {even[0], odd[0], even[1], odd[1], even[2], odd[2], even[3], odd[3]};
-          finish_outputs(e, columns, row, row_of(h), n, column, row_of(h) < m ? count : 0, wide, mine);
-        };
-        // NOTE: two rows at a time cost VqRowsKernel, which keeps float sums, 105 registers instead of 80.
-        if constexpr (std::is_same<Sum, int32_t>::value) {
-          EpilogueRow const upper = load(0), lower = load(1);
-          finish(0, upper);
-          finish(1, lower);
-        } else {
-          finish(0, load(0));
-          finish(1, load(1));
-        }
+        int64_t const first = m0 + Tile::warp_m() + 16 * i + lane_idx() / 4;
+        store_rows(e, columns, wide, m, n, first, column, count, i, group);
+      }
+    }
+  }
+
+  // Rows `first` and 8 below. NOTE: the loads of both at a time would cost VqRowsKernel, which keeps float
+  // sums, 105 registers instead of 80.
+  VDIT_DEVICE void store_rows(LinearEpilogue const& e, EpilogueColumns const& columns, bool wide, int64_t m,
+                              int64_t n, int64_t first, int64_t column, int count, int i, int group) {
+    Sum mine[8];
+    if constexpr (std::is_same<Sum, int32_t>::value) {
+      EpilogueRow const rows[2] = {{e, first, column, first < m ? count : 0, wide},
+                                   {e, first + 8, column, first + 8 < m ? count : 0, wide}};
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        gather(i, group, h, mine);
+        int64_t const row = first + 8 * h;
+        finish_outputs(e, columns, rows[h], row, n, column, row < m ? count : 0, wide, mine);
+      }
+    } else {
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        gather(i, group, h, mine);
+        int64_t const row = first + 8 * h;
+        if (row < m && count > 0) store_outputs(e, columns, row, n, column, count, wide, mine);
       }
     }
   }
