@@ -9,8 +9,7 @@ namespace vdit::sm90 {
 template <class Kernel, class P>
 typename Kernel::Params gemm_params(P const& p, int element_bytes, int group) {
   typename Kernel::Params a;
-  a.epilogue = p.epilogue;
-  if (a.epilogue.rows_per_batch >= p.m) a.epilogue.rows_per_batch = p.m;
+  a.epilogue = epilogue_of_rows(p.epilogue, p.m);
   a.x = make_tensor_map(p.x, element_bytes, {p.k, p.m}, {p.m > 1 ? p.stride_x * element_bytes : int64_t{16}},
                         {kStepBytes / element_bytes, Kernel::kTokens}, SmemSwizzle::k128);
   a.m = p.m, a.n = p.n;

@@ -25,7 +25,7 @@ void launch_linear_tile(LinearParams const& p, void* stream) {
   typename Kernel::Params a{};
   a.x = {p.x, p.stride_x, p.m, p.k};
   a.weight = {p.weight, p.weight_low, p.table, p.stride_weight, p.n, p.k};
-  a.epilogue = p.epilogue;
+  a.epilogue = epilogue_of_rows(p.epilogue, p.m);
   a.order = {static_cast<int32_t>(ceil_div(p.m, Tile::kBlockM)),
              static_cast<int32_t>(ceil_div(p.n, Tile::kBlockN)), Tile::kOrderGroup};
   a.wide = epilogue_is_wide(p.epilogue, p.n);
