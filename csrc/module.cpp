@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "attention/tile.h"
+#include "common/check.h"
 #include "common/cpu/isa.h"
 #include "linear/path.h"
 #include "linear/tile_sm90.h"
@@ -85,8 +86,12 @@ vdit::WeightFormat weight_format(std::string const& name) {
       "vdit::linear_path: weight_format must be int8, int4, nibble planes or table, got '" + name + "'.");
 }
 
-// Those of an H200, or of an A100.
-int usual_multiprocessors(int compute_capability) { return compute_capability == 90 ? 132 : 108; }
+// As asked, else those of an H200 or of an A100.
+int multiprocessors_of(char const* op, std::optional<int> asked, int compute_capability) {
+  int const count = asked.value_or(compute_capability == 90 ? 132 : 108);
+  VDIT_CHECK(count >= 1, op, "multiprocessors must be at least 1, got ", count, ".");
+  return count;
+}
 
 vdit::GemmKernelChoice linear_kernel(vdit::LinearParams const& p, bool sm90, int multiprocessors) {
   return sm90 ? vdit::choose_linear_kernel_sm90(p, multiprocessors) : vdit::GemmKernelChoice{80};
@@ -95,7 +100,7 @@ vdit::GemmKernelChoice linear_kernel(vdit::LinearParams const& p, bool sm90, int
 py::dict linear_path(int64_t m, int64_t n, int64_t k, std::string const& format, int32_t table_size,
                      std::string const& path, int compute_capability, std::optional<int> asked_processors) {
   bool const sm90 = compute_capability == 90;
-  int const multiprocessors = asked_processors.value_or(usual_multiprocessors(compute_capability));
+  int const multiprocessors = multiprocessors_of("linear_path", asked_processors, compute_capability);
   vdit::LinearParams p;
   p.m = m, p.n = n, p.k = k;
   p.format = weight_format(format);
@@ -128,7 +133,8 @@ vdit::GemmKernelChoice vq_kernel(vdit::VqLinearParams const& p, bool expand, boo
 
 py::dict vq_path(int64_t m, int64_t n, int64_t k, bool int8, std::string const& path, int compute_capability,
                  bool sm90, std::optional<int> asked_processors) {
-  int const multiprocessors = asked_processors.value_or(usual_multiprocessors(compute_capability));
+  int const multiprocessors = multiprocessors_of("vq_path", asked_processors, compute_capability);
+  vdit::path_request(path, "vq_path");  // throws where the name is unknown
   vdit::VqLinearParams p;
   p.m = m, p.n = n, p.k = k;
   p.is_int8 = int8;
@@ -184,5 +190,5 @@ PYBIND11_MODULE(_C, m) {
         "(80 or 90, None where torch multiplies an expanded weight), and text, all of it in words. "
         "compute_capability is the GPU's; sm90 says that VDIT_VQ_KERNEL=sm90 asks for the kernels for 9.0, "
         "which int8 words have and which still leave few rows to those for 8.0; multiprocessors as for "
-        "linear_path.");
+        "linear_path. Raises RuntimeError for an unknown path.");
 }

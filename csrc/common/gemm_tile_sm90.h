@@ -67,7 +67,7 @@ template <class Tiles, class TileSm80>
 GemmKernelChoice choose_gemm_kernel_sm90(Tiles const& tiles, TileSm80 const& tile, int64_t m, int64_t n,
                                          int multiprocessors) {
   GemmKernelChoice choice;
-  if (m >= tiles.small.tokens) return choice;
+  if (m < 1 || n < 1 || m >= tiles.small.tokens) return choice;
   auto const rounds = [&](auto const& t) {
     return gemm_rounds_sm90(m, n, t.tokens, t.outputs, multiprocessors);
   };

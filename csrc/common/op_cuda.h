@@ -45,7 +45,8 @@ inline bool is_sm90_asked(char const* variable) {
 }
 
 // Products have kernels for 9.0 whose tiles are too large for few rows: "sm90" takes them where they are the
-// faster ones, "sm90_always" for every product that they can run, which is for checks and for timing that choice.
+// faster ones, "sm90_always" for every product that they can run, which is for checks and for timing that
+// choice.
 enum class Sm90Products { kNone, kFaster, kAll };
 
 // The emulator's ops for 9.0 are there to run those kernels: all of them, but for "sm90".
@@ -55,7 +56,8 @@ inline Sm90Products sm90_products_asked(char const* variable) {
 #ifdef VDIT_EMU
   return Sm90Products::kAll;
 #else
-  return value != nullptr && std::strcmp(value, "sm90_always") == 0 ? Sm90Products::kAll : Sm90Products::kNone;
+  return value != nullptr && std::strcmp(value, "sm90_always") == 0 ? Sm90Products::kAll
+                                                                    : Sm90Products::kNone;
 #endif
 }
 

@@ -173,6 +173,11 @@ def test_an_expanded_weight_is_multiplied_by_the_kernel_for_int8():
     assert {path: f["kernel"] for path, f in found.items()} == {"fused": 90, "expand": 80}
 
 
+@pytest.mark.parametrize("m, n", [(0, 64), (16, 0)])
+def test_nothing_to_multiply_is_compared_with_nothing(m, n):
+    assert "sm80 would take" not in _C.linear_path(m, n, 64, compute_capability=90)["text"]
+
+
 def test_the_kernel_for_80_is_alone_on_other_gpus():
     found = _C.linear_path(16, 5120, 5120)
     assert found["kernel"] == 80 and "kernel:" not in found["text"]
@@ -231,6 +236,10 @@ def test_int8_weights_have_one_path():
 def test_unknown_names_are_one_sentence():
     with pytest.raises(RuntimeError, match="path must be auto, fused or expand, got 'both'"):
         _C.linear_path(1, 1, 16, path="both")
+    with pytest.raises(RuntimeError, match="vq_path: path must be auto, fused or expand, got 'both'"):
+        _C.vq_path(1, 1, 16, path="both")
+    with pytest.raises(RuntimeError, match="linear_path: multiprocessors must be at least 1, got 0"):
+        _C.linear_path(1, 1, 16, multiprocessors=0)
     with pytest.raises(
         RuntimeError, match="weight_format must be int8, int4, nibble planes or table, got 'int2'"
     ):
