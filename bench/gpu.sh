@@ -157,8 +157,8 @@ sanitize() {
 
 sanitize_family() {
   local tool=$1 family=$2 select=$3 filter=() cases=(--per-op 6)
-  [ "${VDIT_LINEAR_KERNEL:-}:$family" = sm90:linear ] && cases=(--op "$sm90_linear_ops" --per-op 8)
-  [ "${VDIT_VQ_KERNEL:-}:$family" = sm90:vq ] && cases=(--op "$sm90_vq_ops" --per-op 8)
+  [ "${VDIT_LINEAR_KERNEL:-}:$family" = sm90_always:linear ] && cases=(--op "$sm90_linear_ops" --per-op 8)
+  [ "${VDIT_VQ_KERNEL:-}:$family" = sm90_always:vq ] && cases=(--op "$sm90_vq_ops" --per-op 8)
   [ "${VDIT_ATTENTION_KERNEL:-}:$family" = sm90:attention ] && cases=(--op "$sm90_ops" --per-op 8)
   echo "compute-sanitizer $tool on $family, attention kernel ${VDIT_ATTENTION_KERNEL:-by default}"
   if [ "$tool" = racecheck ]; then
@@ -240,9 +240,9 @@ if wanted check; then
   if [ "${kernels[0]}" = sm90 ]; then
     VDIT_ATTENTION_KERNEL=sm90 stage check_attention_sm90 120 "$python" bench/check_cuda.py --family attention --large \
       --op "$sm90_ops,plan,cuda_graph,stream" --seconds 110 --out "$out/check_attention_sm90.json"
-    VDIT_LINEAR_KERNEL=sm90 stage check_linear_sm90 90 "$python" bench/check_cuda.py --family linear --large \
+    VDIT_LINEAR_KERNEL=sm90_always stage check_linear_sm90 90 "$python" bench/check_cuda.py --family linear --large \
       --op "$sm90_linear_ops,sizes,cuda_graph" --seconds 80 --out "$out/check_linear_sm90.json"
-    VDIT_VQ_KERNEL=sm90 stage check_vq_sm90 60 "$python" bench/check_cuda.py --family vq --large \
+    VDIT_VQ_KERNEL=sm90_always stage check_vq_sm90 60 "$python" bench/check_cuda.py --family vq --large \
       --op "$sm90_vq_ops" --seconds 50 --out "$out/check_vq_sm90.json"
   fi
 fi
@@ -275,7 +275,8 @@ fi
 if wanted sanitizer; then
   for tool in memcheck synccheck racecheck; do
     for kernel in "${kernels[@]}"; do
-      VDIT_ATTENTION_KERNEL=$kernel VDIT_LINEAR_KERNEL=$kernel VDIT_VQ_KERNEL=$kernel \
+      products=${kernel/sm90/sm90_always}
+      VDIT_ATTENTION_KERNEL=$kernel VDIT_LINEAR_KERNEL=$products VDIT_VQ_KERNEL=$products \
         stage "sanitizer_${tool}_$kernel" 130 bash -c "sanitize $tool"
     done
   done
@@ -308,7 +309,7 @@ if wanted timings; then
   done
   # From how many rows on the kernels for 9.0 are the faster ones: their tiles are few where rows are.
   for kernel in "${kernels[@]}"; do
-    VDIT_LINEAR_KERNEL=$kernel stage "linear-rows-$kernel" 45 "$python" bench/run.py linear --device cuda \
+    VDIT_LINEAR_KERNEL=${kernel/sm90/sm90_always} stage "linear-rows-$kernel" 45 "$python" bench/run.py linear --device cuda \
       --shapes 16x5120x5120,64x5120x5120,256x5120x5120,1024x5120x5120 --select product --seconds 1 --min-rounds 3 \
       --out "$out" --name "${date}_gpu_linear-rows-$kernel"
   done

@@ -1,12 +1,17 @@
 // _C: host-side facts that are not tensor ops. Imported only where it is used, because it alone ties a build
 // to a Python version.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
 
 #include "attention/tile.h"
+#include "common/check.h"
 #include "common/cpu/isa.h"
 #include "linear/path.h"
-#include "linear/tile.h"
+#include "linear/tile_sm90.h"
 #include "vq/path.h"
+#include "vq/tile_sm90.h"
 
 namespace py = pybind11;
 
@@ -81,37 +86,69 @@ vdit::WeightFormat weight_format(std::string const& name) {
       "vdit::linear_path: weight_format must be int8, int4, nibble planes or table, got '" + name + "'.");
 }
 
+// As asked, else those of an H200 or of an A100.
+int multiprocessors_of(char const* op, std::optional<int> asked, int compute_capability) {
+  int const count = asked.value_or(compute_capability == 90 ? 132 : 108);
+  VDIT_CHECK(count >= 1, op, "multiprocessors must be at least 1, got ", count, ".");
+  return count;
+}
+
+vdit::GemmKernelChoice linear_kernel(vdit::LinearParams const& p, bool sm90, int multiprocessors) {
+  return sm90 ? vdit::choose_linear_kernel_sm90(p, multiprocessors) : vdit::GemmKernelChoice{80};
+}
+
 py::dict linear_path(int64_t m, int64_t n, int64_t k, std::string const& format, int32_t table_size,
-                     std::string const& path, int compute_capability, int multiprocessors) {
+                     std::string const& path, int compute_capability, std::optional<int> asked_processors) {
+  bool const sm90 = compute_capability == 90;
+  int const multiprocessors = multiprocessors_of("linear_path", asked_processors, compute_capability);
   vdit::LinearParams p;
   p.m = m, p.n = n, p.k = k;
   p.format = weight_format(format);
   p.table_size = table_size;
-  vdit::LinearPath const chosen = vdit::linear_path(
-      m, n, k, p.format, table_size, vdit::path_request(path, "linear_path"), compute_capability);
+  vdit::LinearPath const chosen =
+      vdit::linear_path(m, n, k, p.format, table_size, vdit::path_request(path, "linear_path"),
+                        linear_kernel(p, sm90, multiprocessors).kernel);
+  if (chosen.expand) p.format = vdit::WeightFormat::kInt8;
+  vdit::GemmKernelChoice const choice = linear_kernel(p, sm90, multiprocessors);
   py::dict found;
   found["path"] = chosen.expand ? "expand" : "fused";
   found["expand_cost"] = chosen.expand_cost;
   found["fused_cost"] = chosen.fused_cost;
   found["scratch_bytes"] = chosen.expand ? chosen.scratch_bytes : 0;
-  found["text"] = chosen.to_string();
-  if (compute_capability != 90) {
-    if (chosen.expand) p.format = vdit::WeightFormat::kInt8;
-    vdit::LinearTile const tile =
-        vdit::linear_tile(vdit::pick_tile(p, multiprocessors), p.format != vdit::WeightFormat::kInt8);
-    found["tile"] = tile.to_string();
-  }
+  found["text"] = chosen.to_string() + (sm90 ? "; " + choice.to_string() : "");
+  found["kernel"] = choice.kernel;
+  found["tile"] = choice.kernel == 90 ? vdit::pick_linear_tile_sm90(p, multiprocessors).to_string()
+                                      : vdit::picked_tile(p, multiprocessors).to_string();
   return found;
 }
 
-py::dict vq_path(int64_t m, bool int8, std::string const& path, int compute_capability) {
-  vdit::VqPathChoice const choice = vdit::vq_path(m, int8, path, compute_capability, 80);
+// Of the product that looks words up, or of an int8 weight's if it is expanded.
+vdit::GemmKernelChoice vq_kernel(vdit::VqLinearParams const& p, bool expand, bool sm90, int multiprocessors) {
+  if (!sm90 || !p.is_int8) return {80};
+  if (!expand) return vdit::choose_vq_kernel_sm90(p, multiprocessors);
+  vdit::LinearParams expanded;
+  expanded.m = p.m, expanded.n = p.n, expanded.k = p.k;
+  return vdit::choose_linear_kernel_sm90(expanded, multiprocessors);
+}
+
+py::dict vq_path(int64_t m, int64_t n, int64_t k, bool int8, std::string const& path, int compute_capability,
+                 bool sm90, std::optional<int> asked_processors) {
+  int const multiprocessors = multiprocessors_of("vq_path", asked_processors, compute_capability);
+  vdit::path_request(path, "vq_path");  // throws where the name is unknown
+  vdit::VqLinearParams p;
+  p.m = m, p.n = n, p.k = k;
+  p.is_int8 = int8;
+  int const kernel = vq_kernel(p, false, sm90, multiprocessors).kernel;
+  vdit::VqPathChoice const choice = vdit::vq_path(m, int8, path, compute_capability, kernel);
+  bool const expand = choice.path == vdit::VqPath::kExpand;
+  vdit::GemmKernelChoice const product = vq_kernel(p, expand, sm90, multiprocessors);
   char const* const names[] = {"rows", "fused", "expand"};
   py::dict found;
   found["path"] = names[static_cast<int>(choice.path)];
   found["expand_cost"] = choice.expand_cost;
   found["fused_cost"] = choice.fused_cost;
-  found["text"] = choice.to_string();
+  found["text"] = choice.to_string() + (sm90 && int8 ? "; " + product.to_string() : "");
+  found["kernel"] = expand && !int8 ? py::object(py::none()) : py::object(py::int_(product.kernel));
   return found;
 }
 
@@ -136,15 +173,22 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "linear_path", &linear_path, py::arg("m"), py::arg("n"), py::arg("k"), py::kw_only(),
       py::arg("weight_format") = "int4", py::arg("table_size") = 16, py::arg("path") = "auto",
-      py::arg("compute_capability") = 80, py::arg("multiprocessors") = 108,
+      py::arg("compute_capability") = 80, py::arg("multiprocessors") = py::none(),
       "How a product of m rows with a packed weight [n, k] runs on CUDA: path (\"fused\": codes are unpacked "
       "as they are multiplied, or \"expand\": unpacked to int8 first), expand_cost and fused_cost (estimated "
-      "time each adds, as a fraction of the int8 product's), scratch_bytes, text, all of it in words, and "
-      "for kernels of compute capability 8.0 tile. weight_format is int8, int4, nibble planes or table (of "
-      "table_size 16 or 8); path is what the op was given. Raises RuntimeError for an unknown name.");
-  m.def("vq_path", &vq_path, py::arg("m"), py::kw_only(), py::arg("int8") = false, py::arg("path") = "auto",
-        py::arg("compute_capability") = 80,
-        "How vq_linear multiplies m rows on CUDA, with the kernels for compute capability 8.0: path (rows, "
-        "fused or expand), expand_cost and fused_cost (estimated time beyond the stock product's, as a "
-        "fraction of it), and text, all of it in words.");
+      "time each adds, as a fraction of the int8 product's), scratch_bytes, kernel (80 or 90), tile, and "
+      "text, all of it in words. weight_format is int8, int4, nibble planes or table (of table_size 16 or "
+      "8); "
+      "path is what the op was given. compute_capability is 90 where VDIT_LINEAR_KERNEL=sm90 asks for the "
+      "kernels for 9.0, which still leaves few rows to those for 8.0, or 80; multiprocessors are 132 and 108 "
+      "by default. Raises RuntimeError for an unknown name.");
+  m.def("vq_path", &vq_path, py::arg("m"), py::arg("n"), py::arg("k"), py::kw_only(), py::arg("int8") = false,
+        py::arg("path") = "auto", py::arg("compute_capability") = 80, py::arg("sm90") = false,
+        py::arg("multiprocessors") = py::none(),
+        "How vq_linear multiplies m rows with a weight [n, k] on CUDA: path (rows, fused or expand), "
+        "expand_cost and fused_cost (estimated time beyond the stock product's, as a fraction of it), kernel "
+        "(80 or 90, None where torch multiplies an expanded weight), and text, all of it in words. "
+        "compute_capability is the GPU's; sm90 says that VDIT_VQ_KERNEL=sm90 asks for the kernels for 9.0, "
+        "which int8 words have and which still leave few rows to those for 8.0; multiprocessors as for "
+        "linear_path. Raises RuntimeError for an unknown path.");
 }

@@ -16,7 +16,7 @@ template <class Backend>
 struct AttentionOps {
   using Scope = typename Backend::Scope;
 
-  static bool contents_checked() { return Backend::kOnHost || plans_are_checked_on_gpu(); }
+  static bool contents_checked() { return Backend::kOnHost || contents_checked_on_request(); }
 
   // --- block_sparse_attention --------------------------------------------------------------------------
 

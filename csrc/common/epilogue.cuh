@@ -23,9 +23,14 @@ struct EpilogueColumns {
   }
 };
 
-// The columns' element of row `m` in a gate or a residual. NOTE: divides in 32 bits, which launchers make
-// sure of: the 64-bit division is a call of some hundred instructions, around which registers of sums would
-// be spilled.
+// An epilogue as kernels take it, for m rows below 2^31: a batch then fits 32 bits, as epilogue_offset wants.
+inline LinearEpilogue epilogue_of_rows(LinearEpilogue e, int64_t m) {
+  if (e.rows_per_batch > m) e.rows_per_batch = m;
+  return e;
+}
+
+// The columns' element of row `m` in a gate or a residual. NOTE: divides in 32 bits, because the 64-bit
+// division is a call of some hundred instructions, around which registers of sums would be spilled.
 VDIT_DEVICE int64_t epilogue_offset(LinearEpilogue const& e, Strides2 const& stride, int64_t m) {
   uint32_t const row = static_cast<uint32_t>(m), rows = static_cast<uint32_t>(e.rows_per_batch);
   uint32_t const b = row / rows;

@@ -9,8 +9,7 @@ namespace vdit::sm90 {
 template <class Kernel, class P>
 typename Kernel::Params gemm_params(P const& p, int element_bytes, int group) {
   typename Kernel::Params a;
-  a.epilogue = p.epilogue;
-  if (a.epilogue.rows_per_batch >= p.m) a.epilogue.rows_per_batch = p.m;
+  a.epilogue = epilogue_of_rows(p.epilogue, p.m);
   a.x = make_tensor_map(p.x, element_bytes, {p.k, p.m}, {p.m > 1 ? p.stride_x * element_bytes : int64_t{16}},
                         {kStepBytes / element_bytes, Kernel::kTokens}, SmemSwizzle::k128);
   a.m = p.m, a.n = p.n;
@@ -23,8 +22,7 @@ typename Kernel::Params gemm_params(P const& p, int element_bytes, int group) {
 
 template <class Kernel>
 void launch_persistent(typename Kernel::Params const& a, void* stream) {
-  int64_t const tiles = static_cast<int64_t>(a.order.token_tiles) * a.order.output_tiles,
-                blocks = multiprocessors();
+  int64_t const tiles = static_cast<int64_t>(a.order.tiles_m) * a.order.tiles_n, blocks = multiprocessors();
   launch<Kernel>(Grid{blocks < tiles ? blocks : tiles, 1, 1}, Kernel::smem_bytes(), stream, a);
 }
 

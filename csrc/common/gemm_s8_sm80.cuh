@@ -25,6 +25,7 @@
 // byte.
 #pragma once
 #include "common/epilogue.cuh"
+#include "common/tile_order.cuh"
 
 namespace vdit {
 
@@ -38,6 +39,7 @@ struct GemmTileSm80 {
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN * kWarpsK;
   static constexpr int kWarpM = kBlockM / kWarpsM, kWarpN = kBlockN / kWarpsN;
   static constexpr int kMmaM = kWarpM / 16, kMmaN = kWarpN / 8;
+  static constexpr int kOrderGroup = 16;  // of TileOrder
   static_assert(kWarpM % 16 == 0 && kWarpN % 32 == 0, "A warp's part is cut into tiles of 16 x 32.");
 
   VDIT_DEVICE static int warp_m() { return warp_idx() % kWarpsM * kWarpM; }
@@ -130,6 +132,105 @@ struct PackedTiles {
   }
 };
 
+// A thread's sums of a tile, int32_t or float, spread as mma.m16n8k32 and m16n8k16 spread them: v[i][j][2 h +
+// c] is row 16 i + 8 h + lane / 4, column 8 j + 2 (lane % 4) + c of the warp's part.
+template <class Tile, class Sum>
+struct TileSums {
+  Sum v[Tile::kMmaM][Tile::kMmaN][4];
+
+  template <class F>
+  VDIT_DEVICE void for_each(F const& f) {
+    CUTE_UNROLL
+    for (int i = 0; i < Tile::kMmaM; ++i) {
+      CUTE_UNROLL
+      for (int j = 0; j < Tile::kMmaN; ++j) {
+        CUTE_UNROLL
+        for (int c = 0; c < 4; ++c) f((i * Tile::kMmaN + j) * 4 + c, v[i][j][c]);
+      }
+    }
+  }
+
+  VDIT_DEVICE void clear() {
+    for_each([](int, Sum& sum) { sum = 0; });
+  }
+
+  static constexpr int kShareBytes = (Tile::kWarpsK - 1) * Tile::kBlockM * Tile::kBlockN * 4;
+
+  // Adds what the warps along k have, in the first of them, through `space`, which nobody uses any more after
+  // a barrier.
+  VDIT_DEVICE void share(char* space) {
+    constexpr int kWarps = Tile::kWarpsM * Tile::kWarpsN;
+    auto const slot = [&](int warp_k, int value) -> Sum& {
+      int const part = (warp_k - 1) * kWarps + warp_idx() % kWarps;
+      return reinterpret_cast<Sum*>(space)[(part * Tile::kMmaM * Tile::kMmaN * 4 + value) * 32 + lane_idx()];
+    };
+    sync_block();
+    for_each([&](int value, Sum& sum) {
+      if (Tile::warp_k() > 0) slot(Tile::warp_k(), value) = sum;
+    });
+    sync_block();
+    if (Tile::warp_k() > 0) return;
+    CUTE_UNROLL
+    for (int k = 1; k < Tile::kWarpsK; ++k) {
+      for_each([&](int value, Sum& sum) { sum += slot(k, value); });
+    }
+  }
+
+  // A quad of lanes swaps columns, so that a lane has eight neighbours of row 16 i + 8 h + lane / 4: a quad
+  // then stores 64 bytes of bf16 in a row.
+  VDIT_DEVICE void gather(int i, int group, int h, Sum (&mine)[8]) const {
+    Sum even[4], odd[4];
+    CUTE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      even[j] = v[i][4 * group + j][2 * h], odd[j] = v[i][4 * group + j][2 * h + 1];
+    }
+    quad_transpose(even);
+    quad_transpose(odd);
+    CUTE_UNROLL
+    for (int j = 0; j < 4; ++j) mine[2 * j] = even[j], mine[2 * j + 1] = odd[j];
+  }
+
+  // Finishes and stores the block's tile of [m, n].
+  VDIT_DEVICE void store(LinearEpilogue const& e, bool wide, int64_t m, int64_t n, int64_t m0, int64_t n0) {
+    if (Tile::warp_k() > 0) return;
+    CUTE_UNROLL
+    for (int group = 0; group < Tile::kMmaN / 4; ++group) {
+      int64_t const column = n0 + Tile::warp_n() + 32 * group + 8 * (lane_idx() % 4);
+      int const count = n - column < 8 ? static_cast<int>(n - column) : 8;
+      EpilogueColumns const columns(e, column, count, wide);
+      CUTE_UNROLL
+      for (int i = 0; i < Tile::kMmaM; ++i) {
+        int64_t const first = m0 + Tile::warp_m() + 16 * i + lane_idx() / 4;
+        store_rows(e, columns, wide, m, n, first, column, count, i, group);
+      }
+    }
+  }
+
+  // Rows `first` and 8 below. NOTE: the loads of both at a time would cost VqRowsKernel, which keeps float
+  // sums, 105 registers instead of 80.
+  VDIT_DEVICE void store_rows(LinearEpilogue const& e, EpilogueColumns const& columns, bool wide, int64_t m,
+                              int64_t n, int64_t first, int64_t column, int count, int i, int group) {
+    Sum mine[8];
+    if constexpr (std::is_same<Sum, int32_t>::value) {
+      EpilogueRow const rows[2] = {{e, first, column, first < m ? count : 0, wide},
+                                   {e, first + 8, column, first + 8 < m ? count : 0, wide}};
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        gather(i, group, h, mine);
+        int64_t const row = first + 8 * h;
+        finish_outputs(e, columns, rows[h], row, n, column, row < m ? count : 0, wide, mine);
+      }
+    } else {
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        gather(i, group, h, mine);
+        int64_t const row = first + 8 * h;
+        if (row < m && count > 0) store_outputs(e, columns, row, n, column, count, wide, mine);
+      }
+    }
+  }
+};
+
 // The rows of x that a block multiplies: k is a multiple of 16, rows start at multiples of 16 bytes.
 struct GemmRows {
   int8_t const* x;  // [m, k]
@@ -139,23 +240,21 @@ struct GemmRows {
 template <class Tile, class Source>
 struct GemmS8Sm80 {
   using Panels = BytePanels<Tile, Tile::kBlockM>;
-  using Sums = int32_t[Tile::kMmaM][Tile::kMmaN][4];
+  using Sums = TileSums<Tile, int32_t>;
   static constexpr int kFixedBytes = (Source::kFixedBytes + 127) / 128 * 128;
   static constexpr int kStageBytes = Panels::kBytes + Source::kStageBytes;
-  static constexpr int kShareBytes = (Tile::kWarpsK - 1) * Tile::kBlockM * Tile::kBlockN * 4;
   static constexpr int kLoopBytes = Tile::kStages * kStageBytes;
-  static constexpr int kSmemBytes = kFixedBytes + (kLoopBytes > kShareBytes ? kLoopBytes : kShareBytes);
+  static constexpr int kSmemBytes =
+      kFixedBytes + (kLoopBytes > Sums::kShareBytes ? kLoopBytes : Sums::kShareBytes);
 
-  // Rows from m0, columns from n0 on. The sums are whole in the warps with warp_k() == 0, spread as
-  // mma.m16n8k32 spreads them: sums[i][j][2 h + c] is row 16 i + 8 h + lane / 4, column 8 j + 2 (lane % 4) +
-  // c of the warp's part.
+  // Rows from m0, columns from n0 on. The sums are whole in the warps with warp_k() == 0.
   VDIT_DEVICE static void run(GemmRows const& x, typename Source::Params const& weight, int64_t m0,
                               int64_t n0, char* smem, Sums& sums) {
     Panels const rows(x.x, x.stride, m0, x.m, x.k);
     Source const source(weight, n0, smem);
     char* const stages = smem + kFixedBytes;
     int const blocks = static_cast<int>((x.k + Tile::kBlockK - 1) / Tile::kBlockK);
-    clear(sums);
+    sums.clear();
     auto const fetch = [&](int block, int stage) {
       if (block < blocks) {
         rows.fetch(stages + stage * kStageBytes, block);
@@ -172,18 +271,7 @@ struct GemmS8Sm80 {
       stage = stage == Tile::kStages - 1 ? 0 : stage + 1;
     }
     cp_async_wait<0>();
-    if constexpr (Tile::kWarpsK > 1) share(stages, sums);
-  }
-
-  VDIT_DEVICE static void clear(Sums& sums) {
-    CUTE_UNROLL
-    for (int i = 0; i < Tile::kMmaM; ++i) {
-      CUTE_UNROLL
-      for (int j = 0; j < Tile::kMmaN; ++j) {
-        CUTE_UNROLL
-        for (int c = 0; c < 4; ++c) sums[i][j][c] = 0;
-      }
-    }
+    if constexpr (Tile::kWarpsK > 1) sums.share(stages);
   }
 
   // One stage: registers of the next 32 k and of the next 16 rows are asked for before they are needed.
@@ -203,89 +291,34 @@ struct GemmS8Sm80 {
         }
         CUTE_UNROLL
         for (int j = 0; j < Tile::kMmaN; ++j) {
-          mma_m16n8k32_s8(sums[i][j], a[turn % 2], b[step][j]);
-        }
-      }
-    }
-  }
-
-  // Adds what the warps along k have, in the first of them.
-  VDIT_DEVICE static void share(char* stages, Sums& sums) {
-    constexpr int kWarps = Tile::kWarpsM * Tile::kWarpsN;
-    auto const slot = [&](int warp_k, int value) -> int32_t& {
-      int const part = (warp_k - 1) * kWarps + warp_idx() % kWarps;
-      return reinterpret_cast<int32_t*>(
-          stages)[(part * Tile::kMmaM * Tile::kMmaN * 4 + value) * 32 + lane_idx()];
-    };
-    sync_block();  // nobody reads the stages any more
-    for_each(sums, [&](int value, int32_t& sum) {
-      if (Tile::warp_k() > 0) slot(Tile::warp_k(), value) = sum;
-    });
-    sync_block();
-    if (Tile::warp_k() > 0) return;
-    CUTE_UNROLL
-    for (int k = 1; k < Tile::kWarpsK; ++k) {
-      for_each(sums, [&](int value, int32_t& sum) { sum += slot(k, value); });
-    }
-  }
-
-  template <class F>
-  VDIT_DEVICE static void for_each(Sums& sums, F const& f) {
-    CUTE_UNROLL
-    for (int i = 0; i < Tile::kMmaM; ++i) {
-      CUTE_UNROLL
-      for (int j = 0; j < Tile::kMmaN; ++j) {
-        CUTE_UNROLL
-        for (int c = 0; c < 4; ++c) f((i * Tile::kMmaN + j) * 4 + c, sums[i][j][c]);
-      }
-    }
-  }
-
-  // Finishes and stores the block's tile of [m, n]. A quad of lanes swaps columns first, so that a lane has
-  // eight neighbours: a quad then stores 64 bytes of bf16 in a row.
-  VDIT_DEVICE static void store(LinearEpilogue const& e, bool wide, int64_t m, int64_t n, int64_t m0,
-                                int64_t n0, Sums& sums) {
-    if (Tile::warp_k() > 0) return;
-    CUTE_UNROLL
-    for (int group = 0; group < Tile::kMmaN / 4; ++group) {
-      int64_t const column = n0 + Tile::warp_n() + 32 * group + 8 * (lane_idx() % 4);
-      int const count = n - column < 8 ? static_cast<int>(n - column) : 8;
-      EpilogueColumns const columns(e, column, count, wide);
-      CUTE_UNROLL
-      for (int i = 0; i < Tile::kMmaM; ++i) {
-        int64_t const first = m0 + Tile::warp_m() + 16 * i + lane_idx() / 4;
-        EpilogueRow const rows[2] = {{e, first, column, first < m ? count : 0, wide},
-                                     {e, first + 8, column, first + 8 < m ? count : 0, wide}};
-        CUTE_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          int32_t even[4], odd[4];
-          CUTE_UNROLL
-          for (int j = 0; j < 4; ++j) {
-            even[j] = sums[i][4 * group + j][2 * h], odd[j] = sums[i][4 * group + j][2 * h + 1];
-          }
-          quad_transpose(even);
-          quad_transpose(odd);
-          int32_t mine[8] = {even[0], odd[0], even[1], odd[1], even[2], odd[2], even[3], odd[3]};
-          int64_t const row = first + 8 * h;
-          finish_outputs(e, columns, rows[h], row, n, column, row < m ? count : 0, wide, mine);
+          mma_m16n8k32_s8(sums.v[i][j], a[turn % 2], b[step][j]);
         }
       }
     }
   }
 };
 
-// Which tile a block of a grid of one dimension works on: kGroup tiles along m are walked for each along n,
-// so that the blocks that run together share rows of x and of the weight in L2.
-struct TileOrder {
-  int32_t tiles_m, tiles_n;
+// out = epilogue(x weight^T). Grid: one block a tile of [m, n], in the order of TileOrder.
+template <class Tile, class Source>
+struct GemmS8Kernel {
+  using Gemm = GemmS8Sm80<Tile, Source>;
+  struct Params {
+    GemmRows x;
+    typename Source::Params weight;
+    LinearEpilogue epilogue;
+    TileOrder order;
+    bool wide;  // epilogue_is_wide
+  };
+  static constexpr int kThreads = Tile::kThreads, kMinBlocks = Tile::kMinBlocks;
+  static constexpr int kSmemBytes = Gemm::kSmemBytes;
 
-  VDIT_DEVICE void find(int block, int& tile_m, int& tile_n) const {
-    constexpr int kGroup = 16;
-    int const group = block / (kGroup * tiles_n), first = group * kGroup;
-    int const rows = tiles_m - first < kGroup ? tiles_m - first : kGroup;
-    int const rest = block - group * kGroup * tiles_n;
-    tile_m = first + rest % rows;
-    tile_n = rest / rows;
+  VDIT_DEVICE void operator()(Params const& p, char* smem) const {
+    auto const tile = p.order.at(block_idx_x());
+    int64_t const m0 = static_cast<int64_t>(tile.m) * Tile::kBlockM;
+    int64_t const n0 = static_cast<int64_t>(tile.n) * Tile::kBlockN;
+    typename Gemm::Sums sums;
+    Gemm::run(p.x, p.weight, m0, n0, smem, sums);
+    sums.store(p.epilogue, p.wide, p.x.m, p.weight.n, m0, n0);
   }
 };
 

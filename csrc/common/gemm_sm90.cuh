@@ -1,11 +1,12 @@
-// What the products of the linear and the vq family share on compute capability 9.0: the order of the tiles,
-// the ring of stages, and the kernel for weights that are multiplied out of registers.
+// What the products of the linear and the vq family share on compute capability 9.0: the
+// ring of stages, and the kernel for weights that are multiplied out of registers.
 //
 // Sums are kept as D = weights x activations^T where weights are decoded in registers: wgmma takes only its
 // first operand from there. 64 outputs are then the rows of a product and the tokens its columns.
 #pragma once
 #include "common/device_sm90.h"
 #include "common/epilogue.cuh"
+#include "common/tile_order.cuh"
 #include "common/tma.h"
 #include "vdit/epilogue.h"
 
@@ -19,23 +20,6 @@ struct StageRing {
   int stage = 0, parity = 0;
   VDIT_DEVICE void advance() {
     if (++stage == kSize) stage = 0, parity ^= 1;
-  }
-};
-
-// The order in which tiles of [m, n] are worked on: `group` tiles of tokens with all the outputs, then the
-// next ones, so that blocks at work at one time share what they read.
-struct TileOrder {
-  int32_t token_tiles, output_tiles, group;
-
-  struct Tile {
-    int32_t token, output;
-  };
-
-  VDIT_DEVICE int32_t count() const { return token_tiles * output_tiles; }
-  VDIT_DEVICE Tile at(int32_t i) const {
-    int32_t const whole = group * output_tiles, first = i / whole * group, rest = i % whole;
-    int32_t const left = token_tiles - first, side = left < group ? left : group;
-    return {first + rest % side, rest / side};
   }
 };
 
@@ -162,8 +146,8 @@ struct RegisterWeightsKernel {
         barrier_wait(&s.empty[at.stage], at.parity ^ 1);
         barrier_arrive_expect(full, kStageBytes);
         tma_load(s.x[at.stage], a.x, full, step * (kStepBytes / static_cast<int>(sizeof(Operand))),
-                 tile.token * kTokens);
-        Weights::load(a.weights, s.codes[at.stage], full, tile.output * (kOutputs / 32), step);
+                 tile.m * kTokens);
+        Weights::load(a.weights, s.codes[at.stage], full, tile.n * (kOutputs / 32), step);
       }
     }
   }
@@ -287,12 +271,12 @@ struct RegisterWeightsKernel {
     Stagger stagger(group, block_idx_x() < a.order.count());
     for (int32_t i = block_idx_x(); i < a.order.count(); i += grid_dim_x()) {
       auto const tile = a.order.at(i);
-      int64_t const output0 = static_cast<int64_t>(tile.output) * kOutputs + warp * 32;
+      int64_t const output0 = static_cast<int64_t>(tile.n) * kOutputs + warp * 32;
       Weights const weights(a.weights, s.fixed, output0);
-      prefetch_residual(a, static_cast<int64_t>(tile.token) * kTokens, output0);
+      prefetch_residual(a, static_cast<int64_t>(tile.m) * kTokens, output0);
       Sums sums;
       multiply(a, s, at, weights, warp, sums, stagger);
-      store(a, static_cast<int64_t>(tile.token) * kTokens, output0, sums, s.staging[warp]);
+      store(a, static_cast<int64_t>(tile.m) * kTokens, output0, sums, s.staging[warp]);
     }
   }
 

@@ -24,8 +24,8 @@ inline void check_dtype(char const* op, char const* name, Tensor const& t, Scala
 // A dimension of one entry is never stepped over: its stride may be anything, and is dropped.
 inline int64_t stride_of(Tensor const& t, int64_t dim) { return t.size(dim) <= 1 ? 0 : t.stride(dim); }
 
-// Reading contents back from a GPU waits for it, so there their contents are checked only on request.
-inline bool plans_are_checked_on_gpu() {
+// Reading contents back from a GPU waits for it, so there plans and results are checked only on request.
+inline bool contents_checked_on_request() {
   static bool const on = [] {
     char const* value = std::getenv("VDIT_CHECK_PLANS");
     return value != nullptr && std::strcmp(value, "0") != 0;

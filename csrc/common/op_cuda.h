@@ -44,6 +44,23 @@ inline bool is_sm90_asked(char const* variable) {
   return value != nullptr && std::strcmp(value, "sm90") == 0;
 }
 
+// Products have kernels for 9.0 whose tiles are too large for few rows: "sm90" takes them where they are the
+// faster ones, "sm90_always" for every product that they can run, which is for checks and for timing that
+// choice.
+enum class Sm90Products { kNone, kFaster, kAll };
+
+// The emulator's ops for 9.0 are there to run those kernels: all of them, but for "sm90".
+inline Sm90Products sm90_products_asked(char const* variable) {
+  char const* value = std::getenv(variable);
+  if (value != nullptr && std::strcmp(value, "sm90") == 0) return Sm90Products::kFaster;
+#ifdef VDIT_EMU
+  return Sm90Products::kAll;
+#else
+  return value != nullptr && std::strcmp(value, "sm90_always") == 0 ? Sm90Products::kAll
+                                                                    : Sm90Products::kNone;
+#endif
+}
+
 // `asked` is what is_sm90_asked said, which a family keeps.
 inline bool use_sm90([[maybe_unused]] Tensor const& t, [[maybe_unused]] bool asked) {
 #ifdef VDIT_EMU
@@ -51,6 +68,14 @@ inline bool use_sm90([[maybe_unused]] Tensor const& t, [[maybe_unused]] bool ask
 #else
   return asked && compute_capability(t.get_device_index()) == 90;
 #endif
+}
+
+// Whether a product goes to the kernel for 9.0.
+template <class P>
+bool takes_sm90(P const& p, Tensor const& like, Sm90Products asked, bool (*can_run)(P const&),
+                bool (*is_faster)(P const&)) {
+  if (!use_sm90(like, asked != Sm90Products::kNone) || !can_run(p)) return false;
+  return asked == Sm90Products::kAll || is_faster(p);
 }
 
 }  // namespace vdit

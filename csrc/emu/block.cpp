@@ -1,6 +1,7 @@
 // One block at a time: whose turn it is, who waits for whom, and what to say when nobody can go on.
 #include "block.h"
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -38,6 +39,15 @@ OrderChoice choose_order() {
   if (value.rfind("random:", 0) == 0) return {Order::kRandom, strtoull(value.c_str() + 7, nullptr, 10)};
   throw std::runtime_error("VDIT_EMU_ORDER must be forward, reverse, random or random:SEED, got '" + value +
                            "'.");
+}
+
+// VDIT_EMU_LAUNCHES=1 says which kernels an op has chosen.
+bool launches_are_told() {
+  static bool const told = [] {
+    char const* const text = getenv("VDIT_EMU_LAUNCHES");
+    return text != nullptr && std::string(text) == "1";
+  }();
+  return told;
 }
 
 struct Thread {
@@ -423,6 +433,7 @@ void Block::run(Launch const& launch) {
 }  // namespace
 
 void run_grid(Launch const& launch) {
+  if (launches_are_told()) fprintf(stderr, "%s\n", launch.kernel.c_str());
   if (owner == nullptr) owner = std::make_unique<Block>();
   block = owner.get();
   try {

@@ -70,4 +70,18 @@ inline void check_rows_were_finite(char const* op, Tensor const& given) {
                i, "; look at the layer before");
 }
 
+// The products trust x_sum, which quantize_rows returns: a stale one gives wrong outputs and nothing else. Checking it
+// reads x once more, and on a GPU waits for it, so it is done on request.
+inline void check_x_sum(char const* op, Tensor const& x, int64_t k, Tensor const& x_sum) {
+  Tensor const codes = to_cpu(torch::stable::contiguous(x)), given = to_cpu(x_sum);
+  int8_t const* row = codes.const_data_ptr<int8_t>();
+  int32_t const* const sums = given.const_data_ptr<int32_t>();
+  for (int64_t i = 0; i < given.numel(); ++i, row += k) {
+    int32_t sum = 0;
+    for (int64_t c = 0; c < k; ++c) sum += row[c];
+    VDIT_CHECK(sums[i] == sum, op, "x_sum must be the sums of x's codes, got ", sums[i], " for row ", i,
+               ", which sums to ", sum, "; quantize_rows returns it");
+  }
+}
+
 }  // namespace vdit

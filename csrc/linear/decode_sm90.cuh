@@ -4,6 +4,7 @@
 #pragma once
 #include "common/device_sm90.h"
 #include "common/tma.h"
+#include "linear/codes.cuh"
 
 namespace vdit::sm90 {
 
@@ -11,7 +12,6 @@ constexpr int kWeightTile = 512;                         // bytes of 32 outputs 
 constexpr int kStripBytes = 4 * kWeightTile;             // of a stage: 32 outputs x 128 channels
 constexpr int kStageStrips = 8;                          // 256 outputs
 constexpr int kPlaneBytes = kStageStrips * kStripBytes;  // of a stage
-constexpr uint32_t kLowNibbles = 0x0f0f0f0fu, kHighNibbles = 0xf0f0f0f0u;
 
 struct NoFixed {};
 
@@ -63,7 +63,7 @@ struct Int4Weights {
   }
 };
 
-// Codes 0 to 255 from two planes, less 128: that turns the highest bit around.
+// Codes 0 to 255 from two planes, less 128.
 struct NibblePlaneWeights {
   using Operand = int8_t;
   using Fixed = NoFixed;
@@ -86,11 +86,7 @@ struct NibblePlaneWeights {
   }
   VDIT_DEVICE void decode(Raw const& raw, int, uint32_t (&a)[2][4]) const {
     CUTE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      uint32_t const high = raw.high.word[i] ^ 0x88888888u, low = raw.low.word[i];
-      a[0][i] = (high << 4 & kHighNibbles) | (low & kLowNibbles);
-      a[1][i] = (high & kHighNibbles) | (low >> 4 & kLowNibbles);
-    }
+    for (int i = 0; i < 4; ++i) merge_planes(raw.high.word[i], raw.low.word[i], a[0][i], a[1][i]);
   }
   template <int kProduct>
   VDIT_DEVICE static int32_t finish(int32_t sum) {
@@ -98,38 +94,24 @@ struct NibblePlaneWeights {
   }
 };
 
-// Codes that index a row of a table of int8, 8 or 16 entries. PRMT looks four up at once: in 8 entries
-// directly, in 16 among the positive and among the negative ones, and then chooses by bit 3.
+// Codes that index a row of a table of int8, 8 or 16 entries.
 template <int kTableSize>
 struct TableWeights {
   using Operand = int8_t;
   using Fixed = NoFixed;
   using Raw = Codes;
   static constexpr int kStageBytes = kPlaneBytes;
-  static constexpr int kWords = kTableSize / 4;
   struct Params {
     TensorMap codes;
     int8_t const* table;  // [n, kTableSize], on a multiple of 8 bytes
     int64_t n;
   };
 
-  uint32_t table[4][kWords];  // of the rows 8 i + lane / 4
+  TableRow<kTableSize> table[4];  // of the rows 8 i + lane / 4
 
   VDIT_DEVICE TableWeights(Params const& p, Fixed const&, int64_t output0) {
     CUTE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      int64_t const row = output0 + i * 8 + lane_idx() / 4;
-      CUTE_UNROLL
-      for (int j = 0; j < kWords; ++j) table[i][j] = 0;
-      if (row < p.n) load_row(p.table + row * kTableSize, table[i]);
-    }
-  }
-  VDIT_DEVICE static void load_row(int8_t const* row, uint32_t (&words)[kWords]) {
-    CUTE_UNROLL
-    for (int i = 0; i < kWords; i += 2) {
-      uint2 const v = *reinterpret_cast<uint2 const*>(row + i * 4);
-      words[i] = v.x, words[i + 1] = v.y;
-    }
+    for (int i = 0; i < 4; ++i) table[i].load(p.table, output0 + i * 8 + lane_idx() / 4, p.n);
   }
   VDIT_DEVICE static void fill(Params const&, Fixed&) {}
   VDIT_DEVICE static void load(Params const& p, char* codes, Barrier* full, int strip, int step) {
@@ -142,23 +124,7 @@ struct TableWeights {
   // A word has the codes of one row: four of the first 16 channels, four of the others.
   VDIT_DEVICE void decode(Raw const& raw, int, uint32_t (&a)[2][4]) const {
     CUTE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      uint32_t const codes = raw.word[i], entry = codes & 0x77777777u;  // PRMT takes bit 3 for a sign
-      uint32_t (&to)[4] = a[i / 2];
-      if constexpr (kWords == 2) {
-        to[i % 2] = byte_perm(table[i][0], table[i][1], entry);
-        to[i % 2 + 2] = byte_perm(table[i][0], table[i][1], entry >> 16);
-      } else {
-        uint32_t const half = (codes >> 1 & 0x44444444u) | 0x32103210u;
-        to[i % 2] = look_up(table[i], entry, half);
-        to[i % 2 + 2] = look_up(table[i], entry >> 16, half >> 16);
-      }
-    }
-  }
-  // Four entries; `half` says of each byte whether the first or the second eight are meant.
-  VDIT_DEVICE static uint32_t look_up(uint32_t const (&row)[kWords], uint32_t entry, uint32_t half) {
-    return byte_perm(byte_perm(row[0], row[1], entry), byte_perm(row[kWords - 2], row[kWords - 1], entry),
-                     half);
+    for (int i = 0; i < 4; ++i) table[i].look_up(raw.word[i], a[i / 2][i % 2], a[i / 2][i % 2 + 2]);
   }
   template <int kProduct>
   VDIT_DEVICE static int32_t finish(int32_t sum) {

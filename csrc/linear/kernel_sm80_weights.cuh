@@ -2,6 +2,7 @@
 // main loop (common/gemm_s8_sm80.cuh).
 #pragma once
 #include "common/gemm_s8_sm80.cuh"
+#include "linear/codes.cuh"
 #include "vdit/linear.h"
 
 namespace vdit {
@@ -12,63 +13,28 @@ using WeightRegisters = uint32_t[4][2];
 // A lane's 16 bytes of a kInt4 tile. Word 2 h + i holds k half h; its low nibbles are columns 8 i on, its
 // high nibbles columns 8 i + 16 on.
 VDIT_DEVICE void decode_nibbles(uint4 tile, uint32_t (*b)[2]) {
-  constexpr uint32_t kLow = 0x0f0f0f0fu;
   uint32_t const words[4] = {tile.x, tile.y, tile.z, tile.w};
   CUTE_UNROLL
   for (int w = 0; w < 4; ++w) {
-    b[w % 2][w / 2] = words[w] & kLow;
-    b[w % 2 + 2][w / 2] = words[w] >> 4 & kLow;
+    b[w % 2][w / 2] = words[w] & kLowNibbles;
+    b[w % 2 + 2][w / 2] = words[w] >> 4 & kLowNibbles;
   }
 }
 
-// The same of two planes: code = 16 high + low - 128, so bit 7 is flipped.
+// The same of two planes.
 VDIT_DEVICE void decode_planes(uint4 high_tile, uint4 low_tile, uint32_t (*b)[2]) {
-  constexpr uint32_t kLow = 0x0f0f0f0fu, kHigh = 0xf0f0f0f0u;
   uint32_t const high[4] = {high_tile.x, high_tile.y, high_tile.z, high_tile.w};
   uint32_t const low[4] = {low_tile.x, low_tile.y, low_tile.z, low_tile.w};
   CUTE_UNROLL
-  for (int w = 0; w < 4; ++w) {
-    b[w % 2][w / 2] = ((high[w] << 4 & kHigh) | (low[w] & kLow)) ^ 0x80808080u;
-    b[w % 2 + 2][w / 2] = ((high[w] & kHigh) | (low[w] >> 4 & kLow)) ^ 0x80808080u;
-  }
+  for (int w = 0; w < 4; ++w) merge_planes(high[w], low[w], b[w % 2][w / 2], b[w % 2 + 2][w / 2]);
 }
-
-// One column's table in registers.
-template <int kSize>
-struct TableRow {
-  uint32_t words[kSize / 4];
-
-  VDIT_DEVICE void load(int8_t const* table, int64_t column, int64_t n) {
-    CUTE_UNROLL
-    for (int i = 0; i < kSize / 4; ++i) {
-      words[i] = column < n ? reinterpret_cast<uint32_t const*>(table + column * kSize)[i] : 0u;
-    }
-  }
-
-  // The entries of four codes, which are the low four nibbles of `codes`; the other nibbles do not matter.
-  VDIT_DEVICE uint32_t look_up(uint32_t codes) const {
-    uint32_t const magnitudes = codes & 0x7777u;
-    uint32_t const low = byte_perm(words[0], words[1], magnitudes);
-    if constexpr (kSize == 8) {
-      return low;
-    } else {
-      // Bit 3 of a code asks for the upper half of the table: byte i of `low` is number i, of `high` number i
-      // + 4.
-      uint32_t const high = byte_perm(words[2], words[3], magnitudes);
-      return byte_perm(low, high, (codes & 0x8888u) >> 1 | 0x3210u);
-    }
-  }
-};
 
 // A lane's 16 bytes of a kTable tile: word j holds columns 8 j on, k half h in its half h.
 template <int kSize>
 VDIT_DEVICE void decode_codes(uint4 tile, TableRow<kSize> const (&tables)[4], uint32_t (*b)[2]) {
   uint32_t const words[4] = {tile.x, tile.y, tile.z, tile.w};
   CUTE_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    b[j][0] = tables[j].look_up(words[j]);
-    b[j][1] = tables[j].look_up(words[j] >> 16);
-  }
+  for (int j = 0; j < 4; ++j) tables[j].look_up(words[j], b[j][0], b[j][1]);
 }
 
 VDIT_DEVICE uint4 lane_bytes(char const* tile) { return reinterpret_cast<uint4 const*>(tile)[lane_idx()]; }

@@ -49,8 +49,8 @@ struct Int8LinearKernel {
         Barrier* const full = &s.full[at.stage];
         barrier_wait(&s.empty[at.stage], at.parity ^ 1);
         barrier_arrive_expect(full, kActivationBytes + kWeightBytes);
-        tma_load(s.x[at.stage], a.x, full, step * kStepBytes, tile.token * kTokens);
-        tma_load(s.weight[at.stage], a.weight, full, step * kStepBytes, tile.output * kOutputs);
+        tma_load(s.x[at.stage], a.x, full, step * kStepBytes, tile.m * kTokens);
+        tma_load(s.weight[at.stage], a.weight, full, step * kStepBytes, tile.n * kOutputs);
       }
     }
   }
@@ -279,8 +279,8 @@ struct Int8LinearKernel {
     Stagger stagger(group, block_idx_x() < a.order.count());
     for (int32_t i = block_idx_x(); i < a.order.count(); i += grid_dim_x()) {
       auto const tile = a.order.at(i);
-      int64_t const token0 = static_cast<int64_t>(tile.token) * kTokens + group * (kParts * 64);
-      int64_t const output0 = static_cast<int64_t>(tile.output) * kOutputs;
+      int64_t const token0 = static_cast<int64_t>(tile.m) * kTokens + group * (kParts * 64);
+      int64_t const output0 = static_cast<int64_t>(tile.n) * kOutputs;
       prefetch_residual(a, token0, output0);
       Sums sums;
       multiply(a, s, at, group, sums, stagger);

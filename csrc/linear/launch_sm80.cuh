@@ -25,12 +25,12 @@ void launch_linear_tile(LinearParams const& p, void* stream) {
   typename Kernel::Params a{};
   a.x = {p.x, p.stride_x, p.m, p.k};
   a.weight = {p.weight, p.weight_low, p.table, p.stride_weight, p.n, p.k};
-  a.epilogue = p.epilogue;
-  a.order.tiles_m = static_cast<int32_t>(ceil_div(p.m, Tile::kBlockM));
-  a.order.tiles_n = static_cast<int32_t>(ceil_div(p.n, Tile::kBlockN));
+  a.epilogue = epilogue_of_rows(p.epilogue, p.m);
+  a.order = {static_cast<int32_t>(ceil_div(p.m, Tile::kBlockM)),
+             static_cast<int32_t>(ceil_div(p.n, Tile::kBlockN)), Tile::kOrderGroup};
   a.wide = epilogue_is_wide(p.epilogue, p.n);
   Grid const grid{static_cast<int64_t>(a.order.tiles_m) * a.order.tiles_n, 1, 1};
-  launch<Kernel>(grid, Kernel::Gemm::kSmemBytes, stream, a);
+  launch<Kernel>(grid, Kernel::kSmemBytes, stream, a);
 }
 
 template <bool kPacked, template <class> class WeightsOf>

@@ -7,13 +7,19 @@ namespace vdit {
 bool can_run_linear_sm90(LinearParams const& p) {
   bool const int8 = p.format == WeightFormat::kInt8, planes = p.format == WeightFormat::kNibblePlanes;
   bool const table = p.format == WeightFormat::kTable;
-  // The copy engine's alignment; tiles are counted, and tokens told to it, in 32 bits.
+  // The copy engine's alignment, and rows that do not overlap (of one that is expanded the stride is 0),
+  // which its maps are not specified for; tiles are counted, and tokens told to it, in 32 bits.
+  if ((p.m > 1 && p.stride_x < p.k) || (int8 && p.n > 1 && p.stride_weight < p.k)) return false;
   return p.m > 0 && p.n > 0 && p.k > 0 && p.k % 16 == 0 && p.k <= 65536 && p.m < (int64_t{1} << 30) &&
          p.n < (int64_t{1} << 30) && (p.m + 63) / 64 * ((p.n + 127) / 128) < (int64_t{1} << 30) &&
          all_multiples(16, {p.x, p.weight, planes ? p.weight_low : nullptr}, 1,
                        {p.m > 1 ? p.stride_x : 0, int8 && p.n > 1 ? p.stride_weight : 0}) &&
          (!int8 || epilogue_is_wide(p.epilogue, p.n)) &&
          (!table || ((p.table_size == 8 || p.table_size == 16) && address(p.table) % 8 == 0));
+}
+
+bool is_linear_sm90_faster(LinearParams const& p) {
+  return choose_linear_kernel_sm90(p, multiprocessors()).kernel == 90;
 }
 
 void run_linear_sm90(LinearParams const& p, void* stream) {

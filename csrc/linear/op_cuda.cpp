@@ -17,8 +17,8 @@ struct CudaLinear {
   // Of the kernel that multiplies: 90, or 80 for any other GPU.
   static int capability([[maybe_unused]] LinearParams const& p, [[maybe_unused]] Tensor const& like) {
 #ifdef VDIT_HAS_SM90
-    static bool const asked = is_sm90_asked("VDIT_LINEAR_KERNEL");
-    if (use_sm90(like, asked) && can_run_linear_sm90(p)) return 90;
+    static Sm90Products const asked = sm90_products_asked("VDIT_LINEAR_KERNEL");
+    if (takes_sm90(p, like, asked, can_run_linear_sm90, is_linear_sm90_faster)) return 90;
 #endif
     return 80;
   }

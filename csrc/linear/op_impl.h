@@ -16,7 +16,7 @@ struct LinearOps {
   using Scope = typename Backend::Scope;
   using OptTensor = std::optional<Tensor>;
 
-  static bool contents_checked() { return Backend::kOnHost || plans_are_checked_on_gpu(); }
+  static bool contents_checked() { return Backend::kOnHost || contents_checked_on_request(); }
 
   // --- quantize_rows -----------------------------------------------------------------------------------
 
@@ -178,6 +178,7 @@ struct LinearOps {
     EpilogueTensors t{x_scale, x_sum, weight_scale, weight_zero, bias, gate, residual};
     Scope scope(x);
     Tensor out = make_epilogue(op, t, rows, p.n, result_dtype(out_dtype), x, p.epilogue);
+    if (t.x_sum && contents_checked_on_request()) check_x_sum(op, x, p.k, *t.x_sum);
     run_linear(op, scope, "fused", p, x);
     return out;
   }
@@ -201,6 +202,7 @@ struct LinearOps {
     EpilogueTensors t{x_scale, x_sum, weight_scale, weight_zero, bias, gate, residual};
     Scope scope(x);
     Tensor out = make_epilogue(op, t, rows, p.n, result_dtype(out_dtype), x, p.epilogue);
+    if (t.x_sum && contents_checked_on_request()) check_x_sum(op, x, p.k, *t.x_sum);
     run_linear(op, scope, path, p, x);
     return out;
   }

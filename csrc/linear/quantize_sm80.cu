@@ -1,4 +1,5 @@
 // Launcher of kernel_sm80_quantize.cuh: which element type, and how many threads a row.
+#include "common/check.h"
 #include "common/launch_util.cuh"
 #include "linear/kernel_sm80_quantize.cuh"
 
@@ -7,19 +8,18 @@ namespace {
 
 // Throws std::runtime_error with one sentence, for callers that come without torch.
 void check_quantize_rows(QuantizeRowsParams const& p) {
-  auto const refuse = [](std::string const& sentence) {
-    throw std::runtime_error("vdit::quantize_rows: " + sentence);
-  };
+  char const* op = "quantize_rows";
+  VDIT_CHECK(p.channels >= 1 && p.channels <= 65536 && p.q_max >= 1 && p.q_max <= 127, op,
+             "1 to 65,536 channels and codes of at most 1 to 127 were expected, got ", p.channels, " and ",
+             p.q_max, ".");
   int32_t const h = p.hadamard;
   bool const known = h == 0 || h == 16 || h == 32 || h == 64 || h == 128;
-  if (!known || (h > 0 && p.channels % h != 0)) {
-    refuse("hadamard must be 0 or one of 16, 32, 64 and 128 that divides the " + std::to_string(p.channels) +
-           " channels, got " + std::to_string(h) + ".");
-  }
-  if (p.stride_codes < p.channels || !all_multiples(16, {p.codes}, 1, {p.stride_codes})) {
-    refuse("rows of codes must start at multiples of 16 bytes and hold the " + std::to_string(p.channels) +
-           " channels, got a pointer or a stride that does not.");
-  }
+  VDIT_CHECK(known && (h == 0 || p.channels % h == 0), op,
+             "hadamard must be 0 or one of 16, 32, 64 and 128 that divides the ", p.channels,
+             " channels, got ", h, ".");
+  VDIT_CHECK(p.stride_codes >= p.channels && all_multiples(16, {p.codes}, 1, {p.stride_codes}), op,
+             "rows of codes must start at multiples of 16 bytes and hold the ", p.channels,
+             " channels, got a pointer or a stride that does not.");
 }
 
 bool is_wide_x(QuantizeRowsParams const& p, int64_t bytes) {

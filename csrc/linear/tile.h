@@ -48,4 +48,8 @@ inline LinearTileSize pick_tile(LinearParams const& p, int multiprocessors) {
   });
 }
 
+inline LinearTile picked_tile(LinearParams const& p, int multiprocessors) {
+  return linear_tile(pick_tile(p, multiprocessors), p.format != WeightFormat::kInt8);
+}
+
 }  // namespace vdit

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "common/gemm_tile_sm90.h"
+#include "linear/tile.h"
 #include "vdit/linear.h"
 
 namespace vdit {
@@ -47,6 +48,11 @@ constexpr LinearTilesSm90 linear_tiles_sm90(WeightFormat format) {
 
 inline LinearTileSm90 pick_linear_tile_sm90(LinearParams const& p, int multiprocessors) {
   return pick_gemm_tile_sm90(linear_tiles_sm90(p.format), p.m, p.n, p.k, multiprocessors);
+}
+
+inline GemmKernelChoice choose_linear_kernel_sm90(LinearParams const& p, int multiprocessors) {
+  return choose_gemm_kernel_sm90(linear_tiles_sm90(p.format), picked_tile(p, multiprocessors), p.m, p.n,
+                                 multiprocessors);
 }
 
 }  // namespace vdit

@@ -63,81 +63,13 @@ struct HalfPanels {
   }
 };
 
-// What a block of any shape does with its float sums, spread over the lanes as mma.m16n8k16 spreads them.
-template <class Tile>
-struct HalfSums {
-  float v[Tile::kMmaM][Tile::kMmaN][4];
-
-  template <class F>
-  VDIT_DEVICE void for_each(F const& f) {
-    CUTE_UNROLL
-    for (int i = 0; i < Tile::kMmaM; ++i) {
-      CUTE_UNROLL
-      for (int j = 0; j < Tile::kMmaN; ++j) {
-        CUTE_UNROLL
-        for (int c = 0; c < 4; ++c) f((i * Tile::kMmaN + j) * 4 + c, v[i][j][c]);
-      }
-    }
-  }
-
-  static constexpr int kShareBytes = (Tile::kWarpsK - 1) * Tile::kBlockM * Tile::kBlockN * 4;
-
-  // Adds what the warps along k have, in the first of them, through `space`, which nobody uses any more after
-  // a barrier.
-  VDIT_DEVICE void share(char* space) {
-    constexpr int kWarps = Tile::kWarpsM * Tile::kWarpsN;
-    auto const slot = [&](int warp_k, int value) -> float& {
-      int const part = (warp_k - 1) * kWarps + warp_idx() % kWarps;
-      return reinterpret_cast<float*>(
-          space)[(part * Tile::kMmaM * Tile::kMmaN * 4 + value) * 32 + lane_idx()];
-    };
-    sync_block();
-    for_each([&](int value, float& sum) {
-      if (Tile::warp_k() > 0) slot(Tile::warp_k(), value) = sum;
-    });
-    sync_block();
-    if (Tile::warp_k() > 0) return;
-    CUTE_UNROLL
-    for (int k = 1; k < Tile::kWarpsK; ++k) {
-      for_each([&](int value, float& sum) { sum += slot(k, value); });
-    }
-  }
-
-  // Finishes and stores the block's tile of [m, n]; a quad of lanes swaps columns first, so that a lane has
-  // eight neighbours.
-  VDIT_DEVICE void store(LinearEpilogue const& e, bool wide, int64_t m, int64_t n, int64_t m0, int64_t n0) {
-    if (Tile::warp_k() > 0) return;
-    CUTE_UNROLL
-    for (int group = 0; group < Tile::kMmaN / 4; ++group) {
-      int64_t const column = n0 + Tile::warp_n() + 32 * group + 8 * (lane_idx() % 4);
-      int const count = n - column < 8 ? static_cast<int>(n - column) : 8;
-      EpilogueColumns const columns(e, column, count, wide);
-      CUTE_UNROLL
-      for (int i = 0; i < Tile::kMmaM; ++i) {
-        CUTE_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          float even[4], odd[4];
-          CUTE_UNROLL
-          for (int j = 0; j < 4; ++j)
-            even[j] = v[i][4 * group + j][2 * h], odd[j] = v[i][4 * group + j][2 * h + 1];
-          quad_transpose(even);
-          quad_transpose(odd);
-          float mine[8] = {even[0], odd[0], even[1], odd[1], even[2], odd[2], even[3], odd[3]};
-          int64_t const row = m0 + Tile::warp_m() + 16 * i + 8 * h + lane_idx() / 4;
-          if (row < m && count > 0) store_outputs(e, columns, row, n, column, count, wide, mine);
-        }
-      }
-    }
-  }
-};
-
-// out = epilogue(x W^T). Grid: one block a tile of [m, n], in TileOrder.
+// out = epilogue(x W^T). Grid: one block a tile of [m, n], in the order of TileOrder.
 template <class T, class Tile, VqFormat kFormat>
 struct VqHalfKernel {
   using Panels = HalfPanels<T, Tile>;
   using Tiles = PackedTiles<Tile, 64, kVqTileBytes<kFormat>>;
   using Words = HalfWords<kFormat>;
-  using Sums = HalfSums<Tile>;
+  using Sums = TileSums<Tile, float>;
   struct Params {
     HalfRows x;
     VqWeightView weight;
@@ -152,12 +84,11 @@ struct VqHalfKernel {
       Words::kBytes + (kLoopBytes > Sums::kShareBytes ? kLoopBytes : Sums::kShareBytes);
 
   VDIT_DEVICE void operator()(Params const& p, char* smem) const {
-    int tile_m, tile_n;
-    p.order.find(block_idx_x(), tile_m, tile_n);
-    int64_t const m0 = static_cast<int64_t>(tile_m) * Tile::kBlockM;
-    int64_t const n0 = static_cast<int64_t>(tile_n) * Tile::kBlockN;
+    auto const tile = p.order.at(block_idx_x());
+    int64_t const m0 = static_cast<int64_t>(tile.m) * Tile::kBlockM;
+    int64_t const n0 = static_cast<int64_t>(tile.n) * Tile::kBlockN;
     Sums sums;
-    sums.for_each([](int, float& sum) { sum = 0.f; });
+    sums.clear();
     multiply(p, m0, n0, smem, sums);
     if constexpr (Tile::kWarpsK > 1) sums.share(smem + Words::kBytes);
     sums.store(p.epilogue, p.wide, p.x.m, p.weight.n, m0, n0);

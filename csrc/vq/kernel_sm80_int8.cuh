@@ -41,30 +41,7 @@ struct VqWeights {
   };
 };
 
-// out = epilogue(x W^T). Grid: one block a tile of [m, n], in TileOrder.
 template <class Tile, VqFormat kFormat>
-struct VqInt8Kernel {
-  using Weights = typename VqWeights<kFormat>::template Of<Tile>;
-  using Gemm = GemmS8Sm80<Tile, Weights>;
-  struct Params {
-    GemmRows x;
-    VqWeightView weight;
-    LinearEpilogue epilogue;
-    TileOrder order;
-    bool wide;  // epilogue_is_wide
-  };
-  static constexpr int kThreads = Tile::kThreads, kMinBlocks = Tile::kMinBlocks,
-                       kSmemBytes = Gemm::kSmemBytes;
-
-  VDIT_DEVICE void operator()(Params const& p, char* smem) const {
-    int tile_m, tile_n;
-    p.order.find(block_idx_x(), tile_m, tile_n);
-    int64_t const m0 = static_cast<int64_t>(tile_m) * Tile::kBlockM;
-    int64_t const n0 = static_cast<int64_t>(tile_n) * Tile::kBlockN;
-    typename Gemm::Sums sums;
-    Gemm::run(p.x, p.weight, m0, n0, smem, sums);
-    Gemm::store(p.epilogue, p.wide, p.x.m, p.weight.n, m0, n0, sums);
-  }
-};
+struct VqInt8Kernel : GemmS8Kernel<Tile, typename VqWeights<kFormat>::template Of<Tile>> {};
 
 }  // namespace vdit

@@ -11,7 +11,7 @@ struct VqRowsKernel {
   // As the sums of a tile lie: one row of instructions, warps side by side along k.
   using Tile = GemmTileSm80<16, 32, 1, 1, 8, 1, 2>;
   using Words = HalfWords<kFormat>;
-  using Sums = HalfSums<Tile>;
+  using Sums = TileSums<Tile, float>;
   using Codes = LaneCodes<kFormat, 16>;
   struct Params {
     HalfRows x;
@@ -29,7 +29,7 @@ struct VqRowsKernel {
         static_cast<char const*>(p.weight.codes) + n0 / 32 * tiles * kVqTileBytes<kFormat>;
     Words::fill(smem, p.weight.codebook, kThreads);
     Sums sums;
-    sums.for_each([](int, float& sum) { sum = 0.f; });
+    sums.clear();
     Codes codes, next;
     if (Tile::warp_k() < tiles) next.load(first + Tile::warp_k() * kVqTileBytes<kFormat>);
     sync_block();  // the words are there

@@ -24,9 +24,9 @@ void launch_vq_tile(VqLinearParams const& p, void* stream) {
   typename Kernel::Params a{};
   a.x = {static_cast<decltype(a.x.x)>(p.x), p.stride_x, p.m, p.k};
   a.weight = {p.codes, p.codebook, p.n, p.k};
-  a.epilogue = p.epilogue;
-  a.order.tiles_m = static_cast<int32_t>(ceil_div(p.m, Tile::kBlockM));
-  a.order.tiles_n = static_cast<int32_t>(ceil_div(p.n, Tile::kBlockN));
+  a.epilogue = epilogue_of_rows(p.epilogue, p.m);
+  a.order = {static_cast<int32_t>(ceil_div(p.m, Tile::kBlockM)),
+             static_cast<int32_t>(ceil_div(p.n, Tile::kBlockN)), Tile::kOrderGroup};
   a.wide = epilogue_is_wide(p.epilogue, p.n);
   Grid const grid{static_cast<int64_t>(a.order.tiles_m) * a.order.tiles_n, 1, 1};
   launch<Kernel>(grid, Kernel::kSmemBytes, stream, a);
@@ -38,7 +38,7 @@ void launch_vq_rows(VqLinearParams const& p, void* stream) {
   typename Kernel::Params a{};
   a.x = {p.x, p.stride_x, p.m, p.k};
   a.weight = {p.codes, p.codebook, p.n, p.k};
-  a.epilogue = p.epilogue;
+  a.epilogue = epilogue_of_rows(p.epilogue, p.m);
   a.wide = epilogue_is_wide(p.epilogue, p.n);
   launch<Kernel>(Grid{ceil_div(p.n, 32), 1, 1}, Kernel::kSmemBytes, stream, a);
 }

@@ -20,10 +20,9 @@ struct CpuVq {
   static void run(Scope& s, VqDequantizeParams const& p, Tensor const&) { run_vq_dequantize_cpu(p, s.parallel); }
   static void run(Scope& s, VqLinearParams const& p, Tensor const&) { run_vq_linear_cpu(p, s.parallel); }
   static void run(Scope& s, LinearParams const& p, Tensor const&) { run_linear_cpu(p, s.parallel); }
-  static Tensor multiply_expanded(Scope& s, VqLinearParams const& p, std::optional<Tensor> const&, Tensor const&,
-                                  Tensor const&, Tensor const& out) {
+  static void multiply_expanded(Scope& s, VqLinearParams const& p, std::optional<Tensor> const&, Tensor const&,
+                                Tensor const&, Tensor const&) {
     run_vq_linear_cpu(p, s.parallel);  // path() never asks for it
-    return out;
   }
 };
 

@@ -31,16 +31,16 @@ struct CudaVq {
   }
 
 #ifdef VDIT_HAS_SM90
-  static bool use_sm90_kernels(Tensor const& like) {
-    static bool const asked = is_sm90_asked("VDIT_VQ_KERNEL");
-    return use_sm90(like, asked);
+  static Sm90Products asked() {
+    static Sm90Products const asked = sm90_products_asked("VDIT_VQ_KERNEL");
+    return asked;
   }
 #endif
 
   // Of the kernel that multiplies: 90, or 80 for any other GPU.
   static int kernel_capability([[maybe_unused]] VqLinearParams const& p, [[maybe_unused]] Tensor const& like) {
 #ifdef VDIT_HAS_SM90
-    if (use_sm90_kernels(like) && can_run_vq_linear_sm90(p)) return 90;
+    if (takes_sm90(p, like, asked(), can_run_vq_linear_sm90, is_vq_linear_sm90_faster)) return 90;
 #endif
     return 80;
   }
@@ -55,32 +55,37 @@ struct CudaVq {
   }
   static void run(Scope& s, LinearParams const& p, [[maybe_unused]] Tensor const& like) {
 #ifdef VDIT_HAS_SM90
-    if (use_sm90_kernels(like) && can_run_linear_sm90(p)) return run_linear_sm90(p, s.stream);
+    if (takes_sm90(p, like, asked(), can_run_linear_sm90, is_linear_sm90_faster)) {
+      return run_linear_sm90(p, s.stream);
+    }
 #endif
     run_linear_sm80(p, s.stream);
   }
 
-  // torch's own linear, which on a GPU is cuBLAS. In x's type also where the caller's autocast has another.
-  static Tensor torch_linear(Tensor const& x, Tensor const& weight, std::optional<Tensor> const& bias) {
-    std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                      torch::stable::detail::from(bias)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-    Tensor const product = torch::stable::detail::to<Tensor>(stack[0]);
-    return product.scalar_type() == x.scalar_type() ? product : torch::stable::to(product, x.scalar_type());
+  // torch's own linear, which on a GPU is cuBLAS: x [m, k], out [m, n]. Autocast leaves it alone, as it does every op
+  // that is told where to write.
+  static void torch_linear(Tensor const& x, Tensor const& weight, std::optional<Tensor> const& bias,
+                           Tensor const& out) {
+    std::array<StableIValue, 4> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
+                                      torch::stable::detail::from(bias), torch::stable::detail::from(out)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);  // owned by us: it is let go here
   }
 
-  static Tensor multiply_expanded(Scope& s, VqLinearParams const& p, std::optional<Tensor> const& bias, Tensor const& x,
-                                  Tensor const& weight, Tensor const& out) {
+  // The product goes to `out` at once where their types agree, and is finished there.
+  static void multiply_expanded(Scope& s, VqLinearParams const& p, std::optional<Tensor> const& bias, Tensor const& x,
+                                Tensor const& weight, Tensor const& out) {
     LinearEpilogue const& e = p.epilogue;
-    if (e.gate == nullptr && e.residual == nullptr && e.out_dtype == p.dtype) {
-      if (!bias) return torch_linear(x, weight, bias);
-      return torch_linear(x, weight, torch::stable::to(*bias, x.scalar_type()));
-    }
-    Tensor const product = torch::stable::contiguous(torch_linear(x, weight, std::nullopt));
+    bool const wider = e.out_dtype != p.dtype, finish = wider || e.gate != nullptr || e.residual != nullptr;
+    std::vector<int64_t> const rows{p.m, p.k}, shape{p.m, p.n};
+    Tensor const product = wider ? torch::stable::new_empty(x, shape) : torch::stable::view(out, shape);
+    std::optional<Tensor> narrow;  // else the bias is part of what finishes
+    if (bias && !finish) narrow = torch::stable::to(*bias, x.scalar_type());
+    torch_linear(torch::stable::view(x, rows), weight, narrow, product);
+    if (!finish) return;
     VqLinearParams rest = p;
     rest.epilogue.weight_scale = nullptr;  // it is in the weight
     run_vq_finish_sm80(rest, product.const_data_ptr(), s.stream);
-    return out;
   }
 };
 

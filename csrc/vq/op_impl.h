@@ -3,7 +3,7 @@
 //   struct Scope { Scope(Tensor const&); }   device guard and stream, alive during the call
 //   run(scope, launch struct, like)       one overload a struct; LinearParams for an expanded int8 weight
 //   path(VqLinearParams, asked, like)     whether the weight is expanded first
-//   multiply_expanded(scope, ...)         the product of floats with an expanded weight
+//   multiply_expanded(scope, ...)         the product of floats with an expanded weight, into `out`
 #pragma once
 #include <cmath>
 #include <tuple>
@@ -101,8 +101,8 @@ struct VqOps {
   }
 
   // The weight in a scratch, then a product as any other. Floats take their weight's scale there.
-  static Tensor expand_and_multiply(Scope& scope, VqLinearParams const& p, Tensor const& codebook,
-                                    OptTensor const& bias, Tensor const& x, Tensor const& out) {
+  static void expand_and_multiply(Scope& scope, VqLinearParams const& p, Tensor const& codebook,
+                                  OptTensor const& bias, Tensor const& x, Tensor const& out) {
     VqDequantizeParams d;
     d.codes = p.codes;
     d.n = p.n;
@@ -123,7 +123,6 @@ struct VqOps {
     l.k = p.k;
     l.epilogue = p.epilogue;
     Backend::run(scope, l, x);
-    return out;
   }
 
   static Tensor vq_linear(Tensor x, Tensor codes, Tensor codebook, int64_t out_features, OptTensor x_scale,
@@ -164,9 +163,8 @@ struct VqOps {
     if constexpr (Backend::kCuda) check_aligned_rows(op, "x", held, p.stride_x);
     p.codes = codes.const_data_ptr();
     p.codebook = codebook.const_data_ptr();
-    if (Backend::path(p, path, x).path == VqPath::kExpand)
-      return expand_and_multiply(scope, p, codebook, bias, held, out);
-    Backend::run(scope, p, x);
+    if (Backend::path(p, path, x).path == VqPath::kExpand) expand_and_multiply(scope, p, codebook, bias, held, out);
+    else Backend::run(scope, p, x);
     return out;
   }
 

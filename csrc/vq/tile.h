@@ -35,4 +35,8 @@ inline VqTileSize pick_vq_tile(VqLinearParams const& p, int multiprocessors) {
                                          [&](auto size) { return vq_tile(size, p.is_int8); });
 }
 
+inline VqTile picked_vq_tile(VqLinearParams const& p, int multiprocessors) {
+  return vq_tile(pick_vq_tile(p, multiprocessors), p.is_int8);
+}
+
 }  // namespace vdit

@@ -6,6 +6,7 @@
 
 #include "common/gemm_tile_sm90.h"
 #include "vdit/vq.h"
+#include "vq/tile.h"
 
 namespace vdit {
 
@@ -33,6 +34,11 @@ constexpr VqTilesSm90 vq_tiles_sm90(VqFormat format) {
 
 inline VqTileSm90 pick_vq_tile_sm90(VqLinearParams const& p, int multiprocessors) {
   return pick_gemm_tile_sm90(vq_tiles_sm90(p.format), p.m, p.n, p.k, multiprocessors);
+}
+
+inline GemmKernelChoice choose_vq_kernel_sm90(VqLinearParams const& p, int multiprocessors) {
+  return choose_gemm_kernel_sm90(vq_tiles_sm90(p.format), picked_vq_tile(p, multiprocessors), p.m, p.n,
+                                 multiprocessors);
 }
 
 }  // namespace vdit

@@ -45,11 +45,15 @@ void vq_int8(VqLinearParams const& p, VqTileSm90 const& tile, void* stream) {
 }  // namespace sm90
 
 bool can_run_vq_linear_sm90(VqLinearParams const& p) {
-  // The copy engine's alignment; tiles are counted, and tokens told to it, in 32 bits.
-  return p.is_int8 && p.m > 0 && p.n > 0 && p.k > 0 && p.k % 16 == 0 && p.k <= 65536 &&
-         p.m < (int64_t{1} << 30) && p.n < (int64_t{1} << 30) &&
+  // As can_run_linear_sm90.
+  return (p.m <= 1 || p.stride_x >= p.k) && p.is_int8 && p.m > 0 && p.n > 0 && p.k > 0 && p.k % 16 == 0 &&
+         p.k <= 65536 && p.m < (int64_t{1} << 30) && p.n < (int64_t{1} << 30) &&
          (p.m + 63) / 64 * ((p.n + 255) / 256) < (int64_t{1} << 30) &&
          all_multiples(16, {p.x, p.codes}, 1, {p.m > 1 ? p.stride_x : 0}) && address(p.codebook) % 4 == 0;
+}
+
+bool is_vq_linear_sm90_faster(VqLinearParams const& p) {
+  return choose_vq_kernel_sm90(p, multiprocessors()).kernel == 90;
 }
 
 void run_vq_linear_sm90(VqLinearParams const& p, void* stream) {

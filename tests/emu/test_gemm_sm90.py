@@ -27,6 +27,11 @@ def test_linear_is_exact(linear, case, order):
     assert_right(linear, case, order)
 
 
+@pytest.mark.parametrize("case", ["linear", "expand", "quantize", "vq", "batch"])
+def test_callers_without_torch_are_told(case):
+    assert_right(built("refused_sm80.cu"), case, "forward")
+
+
 @pytest.mark.parametrize("order", [*ORDERS, "random:7"])
 @pytest.mark.parametrize("case", VQ)
 def test_vq_linear_is_exact(vq, case, order):

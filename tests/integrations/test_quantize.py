@@ -349,8 +349,9 @@ def test_the_explained_path_is_that_of_the_kernel_that_runs(monkeypatch):
     """A GPU of 9.0 runs the kernels for 8.0 until it is asked for the others."""
     monkeypatch.delenv("VDIT_LINEAR_KERNEL", raising=False)
     assert [_kernel_capability(device) for device in ((8, 0), (9, 0), (10, 0))] == [80, 80, 80]
-    monkeypatch.setenv("VDIT_LINEAR_KERNEL", "sm90")
-    assert [_kernel_capability(device) for device in ((8, 0), (9, 0), (10, 0))] == [80, 90, 80]
+    for asked in ("sm90", "sm90_always"):
+        monkeypatch.setenv("VDIT_LINEAR_KERNEL", asked)
+        assert [_kernel_capability(device) for device in ((8, 0), (9, 0), (10, 0))] == [80, 90, 80]
 
 
 def test_scales_stay_wide_in_a_narrow_model(tmp_path):

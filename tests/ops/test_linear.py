@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from build_emu import build_emulator
 from cases import linear as cases
 from cases.attention import as_it_lies
 
@@ -389,6 +395,54 @@ def test_gradients_are_refused_whoever_asks(asks):
         out.sum().backward()
     with torch.no_grad():
         assert torch.equal(torch.ops.vdit.w8a8_linear(*inputs.args, **inputs.kwargs), out)
+
+
+# Every linear that takes x_sum, with the right one and with one that is off in the last row.
+X_SUMS = """
+import sys
+import torch
+from cases import linear as cases
+import vdit_ext
+
+if len(sys.argv) > 2:
+    torch.ops.load_library(sys.argv[2])
+ops = getattr(torch.ops, sys.argv[1])
+for format, name in (("int8", "x_sum"), ("int4", 2)):
+    for layout in ("dense", "strided"):
+        case = cases.LinearCase("sums", (2, 3), 48, 40, zero=True, layout=layout)
+        inputs = cases.make_linear(case, format)
+        args, kwargs = list(inputs.args), dict(inputs.kwargs)
+        getattr(ops, inputs.op)(*args, **kwargs)
+        holder = kwargs if name in kwargs else args
+        holder[name] = holder[name].clone()
+        holder[name][1, 2] += 1
+        said = f"got {int(holder[name][1, 2])} for row 5, which sums to {int(args[0][1, 2].sum())}"
+        try:
+            getattr(ops, inputs.op)(*args, **kwargs)
+            print("unchecked")
+        except RuntimeError as error:
+            line = str(error).splitlines()[0]
+            sentence = f"vdit::{inputs.op}: x_sum must be the sums of x's codes, {said}; quantize_rows returns it"
+            print("refused" if line == sentence else line)
+"""
+
+
+@pytest.mark.parametrize("value, said", [("1", "refused"), ("0", "unchecked"), ("", "unchecked")])
+@pytest.mark.parametrize("namespace", ["vdit", "vdit_emu"])
+def test_x_sum_is_checked_on_request(request, namespace, value, said):
+    """VDIT_CHECK_PLANS, which is read once a process."""
+    library = []
+    if namespace == "vdit_emu":
+        request.getfixturevalue("emulator")
+        library.append(str(build_emulator()))
+    folders = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "VDIT_CHECK_PLANS": value, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    if not value:
+        del env["VDIT_CHECK_PLANS"]
+    command = [sys.executable, "-c", X_SUMS, namespace, *library]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [said] * 4
 
 
 @pytest.mark.parametrize("format", ["int8", "nibble_planes", "log3"])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from build_emu import build_emulator
 from cases import linear as cases
 from cases.attention import as_it_lies
 
@@ -127,8 +132,89 @@ def test_wgmma_unpacks_four_bits_for_nothing_and_planes_not():
     assert (int4["path"], planes["path"]) == ("fused", "expand")
     assert planes["text"] == (
         "linear: expand for nibble planes weights at M = 8192: expanding would add 3.1 % to the int8 product and "
-        "26214400 bytes of scratch, unpacking in the kernel 9.0 % (estimates)"
+        "26214400 bytes of scratch, unpacking in the kernel 9.0 % (estimates); by the sm90 kernel"
     )
+
+
+@pytest.mark.parametrize("weight_format, filled", [("int8", 128), ("int4", 64), ("table", 64)])
+@pytest.mark.parametrize("n", [1536, 5120, 13824])
+def test_few_rows_are_left_to_the_kernel_for_80(weight_format, filled, n):
+    """On 132 multiprocessors. From the rows on that fill the smallest tile of 9.0, its kernel runs."""
+    kernels = {
+        m: _C.linear_path(m, n, 5120, weight_format=weight_format, compute_capability=90)
+        for m in (1, 16, 32, filled, 4096)
+    }
+    assert [found["kernel"] for found in kernels.values()] == [80, 80, 80, 90, 90]
+    for m, found in kernels.items():
+        assert found["tile"].startswith(f"linear sm{found['kernel']}: ")
+        assert ("sm80 would take" in found["text"]) == (m < filled)
+    assert kernels[16]["tile"] == "linear sm80: 32 x 32 x 256 tile, 4 stages, 4 warps"
+
+
+def test_the_share_of_time_is_what_the_tiles_say():
+    """160 tiles of 32 x 32 in two rounds, at twice the large tile's cost and 0.6 of wgmma's rate, beside 20 tiles of
+    64 x 256 in one, at 1.3."""
+    share = 2 * 32 * 32 * 2.0 / 0.6 / (64 * 256 * 1.3)
+    text = _C.linear_path(16, 5120, 5120, compute_capability=90)["text"]
+    assert text.endswith(f"; by the sm80 kernel: sm80 would take {share:.2f} of sm90's time (estimate)")
+
+
+def test_outputs_that_fill_the_multiprocessors_are_for_the_kernel_for_90():
+    found = [_C.linear_path(16, n, 5120, compute_capability=90) for n in (25_344, 25_345)]
+    assert [f["kernel"] for f in found] == [80, 90]
+    assert "by the sm90 kernel: sm80 would take 1.12 of sm90's time" in found[1]["text"]
+
+
+def test_an_expanded_weight_is_multiplied_by_the_kernel_for_int8():
+    """100 rows fill the smallest tile of packed codes, and not that of int8 weights."""
+    found = {
+        path: _C.linear_path(100, 5120, 5120, path=path, compute_capability=90) for path in ("fused", "expand")
+    }
+    assert {path: f["kernel"] for path, f in found.items()} == {"fused": 90, "expand": 80}
+
+
+@pytest.mark.parametrize("m, n", [(0, 64), (16, 0)])
+def test_nothing_to_multiply_is_compared_with_nothing(m, n):
+    assert "sm80 would take" not in _C.linear_path(m, n, 64, compute_capability=90)["text"]
+
+
+def test_the_kernel_for_80_is_alone_on_other_gpus():
+    found = _C.linear_path(16, 5120, 5120)
+    assert found["kernel"] == 80 and "kernel:" not in found["text"]
+
+
+# Each product in the emulator, whose multiprocessors are three, with its launches on stderr.
+PRODUCTS = """
+import sys
+import torch
+from cases import linear, vq
+
+torch.ops.load_library(sys.argv[1])
+for m in (4, 300):
+    inputs = linear.make_linear(linear.LinearCase("few", (m,), 64, 96), sys.argv[2])
+    getattr(torch.ops.vdit_emu_sm90, inputs.op)(*inputs.args, **inputs.kwargs)
+    for path in ("fused", "expand"):
+        inputs = vq.make_linear(vq.LinearCase("few", (m,), n=96, k=64), 4, torch.int8)
+        torch.ops.vdit_emu_sm90.vq_linear(*inputs.args, **inputs.kwargs, path=path)
+"""
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("asked", ["sm90", ""])
+def test_the_ops_run_the_kernel_that_was_chosen(emulator, format, asked):
+    """Asked for "sm90", few rows run that for 8.0; the emulator else runs those for 9.0 at every number of rows."""
+    folders = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders)), "VDIT_EMU_LAUNCHES": "1"}
+    env |= {"VDIT_LINEAR_KERNEL": asked, "VDIT_VQ_KERNEL": asked}
+    command = [sys.executable, "-c", PRODUCTS, str(build_emulator()), format]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    launches = [line.partition("<")[0] for line in done.stderr.splitlines() if line.startswith("vdit::")]
+    products = [name for name in launches if name != "vdit::VqDequantizeKernel"]
+    few = ["vdit::LinearKernel", "vdit::VqInt8Kernel", "vdit::LinearKernel"]
+    codes, int8 = "vdit::sm90::RegisterWeightsKernel", "vdit::sm90::Int8LinearKernel"
+    many = [int8 if format == "int8" else codes, codes, int8]
+    assert products == [*(few if asked else many), *many]
 
 
 @pytest.mark.parametrize("path", ["fused", "expand"])
@@ -150,6 +236,10 @@ def test_int8_weights_have_one_path():
 def test_unknown_names_are_one_sentence():
     with pytest.raises(RuntimeError, match="path must be auto, fused or expand, got 'both'"):
         _C.linear_path(1, 1, 16, path="both")
+    with pytest.raises(RuntimeError, match="vq_path: path must be auto, fused or expand, got 'both'"):
+        _C.vq_path(1, 1, 16, path="both")
+    with pytest.raises(RuntimeError, match="linear_path: multiprocessors must be at least 1, got 0"):
+        _C.linear_path(1, 1, 16, multiprocessors=0)
     with pytest.raises(
         RuntimeError, match="weight_format must be int8, int4, nibble planes or table, got 'int2'"
     ):

@@ -316,13 +316,30 @@ def test_linear_epilogues(backend, case, dtype, dim):
 
 @pytest.mark.parametrize("residual", [False, True], ids=["bare", "residual"])
 def test_autocast_does_not_change_the_type(backend, residual):
-    """torch's linear, which multiplies an expanded weight, follows it."""
+    """torch's linear, which multiplies an expanded weight, would follow it."""
     inputs = cases.make_linear(cases.LinearCase("cast", (20,), residual=residual), 4, torch.bfloat16)
     expected = defs.vq_linear_naive(*inputs.args, **inputs.kwargs)
     with torch.autocast(backend.device, dtype=torch.float16):
         out = run(backend, inputs, path="expand")
     assert out.dtype == torch.bfloat16
     assert_close(out, expected)
+
+
+@pytest.mark.parametrize("lead", [(70,), (2, 35), (35, 2)], ids=str)
+@pytest.mark.parametrize("residual", [False, True], ids=["bare", "residual"])
+def test_an_expanded_float_weight_takes_one_result(emulator, lead, residual):
+    """torch's linear writes to the result, where the epilogue finishes it."""
+    inputs = cases.make_linear(
+        cases.LinearCase("once", lead, n=96, k=64, bias=True, residual=residual), 4, torch.bfloat16
+    )
+    expected = defs.vq_linear_naive(*inputs.args, **inputs.kwargs)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        out = run(emulator, inputs, path="expand")
+    assert_close(out, expected)
+    result_bytes = 70 * 96 * 2
+    allocated = [event.self_cpu_memory_usage for event in profile.events()]
+    assert allocated.count(result_bytes) == 1, allocated
 
 
 @by_dim
@@ -409,14 +426,29 @@ def test_cuda_refuses(backend):
 @pytest.mark.parametrize("int8", [False, True], ids=["halves", "int8"])
 def test_the_choice_of_a_path_says_why(int8):
     """Few rows are looked up, many expanded; the switch is where expanding becomes the cheaper one."""
-    chosen = [_C.vq_path(m, int8=int8) for m in (1, 16, 17, 100, 1000, 10**5)]
+    chosen = [_C.vq_path(m, 1536, 1536, int8=int8) for m in (1, 16, 17, 100, 1000, 10**5)]
     assert [c["path"] for c in chosen][-1] == "expand" and chosen[2]["path"] == "fused"
     assert chosen[0]["path"] == ("fused" if int8 else "rows")
     for choice in chosen:
         assert (choice["path"] == "expand") == (choice["expand_cost"] < choice["fused_cost"])
         assert choice["path"] in choice["text"] and "estimates" in choice["text"]
-    assert _C.vq_path(10**5, int8=int8, path="fused")["path"] == "fused"
-    assert "as asked" in _C.vq_path(4, int8=int8, path="expand")["text"]
+    assert _C.vq_path(10**5, 1536, 1536, int8=int8, path="fused")["path"] == "fused"
+    assert "as asked" in _C.vq_path(4, 1536, 1536, int8=int8, path="expand")["text"]
+
+
+def test_the_path_knows_the_kernel_for_90():
+    """wgmma looks words up at a smaller share of the product, so a weight is expanded later; few rows are left to the
+    kernel for 8.0, and floats have that one alone."""
+    h200 = {"compute_capability": 90, "sm90": True}
+    rows = (16, 63, 64, 1000, 10**5)
+    chosen = [_C.vq_path(m, 5120, 5120, int8=True, **h200) for m in rows]
+    assert [c["kernel"] for c in chosen] == [80, 80, 90, 90, 90]
+    assert [c["path"] for c in chosen] == ["fused"] * 4 + ["expand"]
+    assert "by the sm80 kernel: sm80 would take 0.32 of sm90's time" in chosen[0]["text"]
+    older = _C.vq_path(1000, 5120, 5120, int8=True, compute_capability=90)
+    assert (older["kernel"], older["path"]) == (80, "expand")
+    halves = [_C.vq_path(m, 5120, 5120, **h200) for m in (1, 1000)]
+    assert [(c["kernel"], c["path"]) for c in halves] == [(80, "rows"), (None, "expand")]
 
 
 # --- torch --------------------------------------------------------------------------------------------------

@@ -93,8 +93,10 @@ void run_quantize_rows_sm80(QuantizeRowsParams const& p, void* stream);
 void run_linear_sm80(LinearParams const& p, void* stream);
 void run_expand_weight_sm80(ExpandWeightParams const& p, void* stream);
 
-// Compute capability 9.0 only (wgmma, TMA). `can_run` says whether shapes, strides and addresses suit.
+// Compute capability 9.0 only (wgmma, TMA). `can_run` says whether shapes, strides and addresses suit, `is_faster`
+// whether rows are enough for its tiles on the current device: with few of them run_linear_sm80 is the better one.
 bool can_run_linear_sm90(LinearParams const& p);
+bool is_linear_sm90_faster(LinearParams const& p);
 void run_linear_sm90(LinearParams const& p, void* stream);
 
 }  // namespace vdit

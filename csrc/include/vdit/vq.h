@@ -69,6 +69,7 @@ void run_vq_linear_sm80(VqLinearParams const& p, void* stream);
 
 // Compute capability 9.0 only (wgmma, TMA). `can_run` says whether shapes, strides and addresses suit.
 bool can_run_vq_linear_sm90(VqLinearParams const& p);
+bool is_vq_linear_sm90_faster(VqLinearParams const& p);  // as is_linear_sm90_faster
 void run_vq_linear_sm90(VqLinearParams const& p, void* stream);
 
 }  // namespace vdit

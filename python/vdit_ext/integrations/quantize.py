@@ -219,8 +219,9 @@ _PACKED = {"int4": "int4", "nibble_planes": "nibble planes", "twin_log": "table"
 
 
 def _kernel_capability(device: tuple[int, int]) -> int:
-    """Of the kernel that multiplies on such a GPU: those for 9.0 run on request only."""
-    return 90 if device == (9, 0) and os.environ.get("VDIT_LINEAR_KERNEL") == "sm90" else 80
+    """Of the kernels that are asked for on such a GPU: those for 9.0 run on request only."""
+    asked = os.environ.get("VDIT_LINEAR_KERNEL") in ("sm90", "sm90_always")
+    return 90 if device == (9, 0) and asked else 80
 
 
 def _path(layer: QuantLinear) -> str:

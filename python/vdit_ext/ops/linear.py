@@ -410,7 +410,7 @@ def w8a8_linear(
 
     Raises:
         RuntimeError: one sentence, for K above 65,536 or, on CUDA, no multiple of 16 or rows that are not
-            aligned to 16 bytes.
+            aligned to 16 bytes; with ``VDIT_CHECK_PLANS=1`` for an ``x_sum`` that is not the sums of x.
     """
     return _OPS.w8a8_linear(
         x,

@@ -268,6 +268,8 @@ void test_refused() {
   EXPECT(!can_run_linear_sm90(p));
   p = problem.p, p.stride_x = 40;
   EXPECT(!can_run_linear_sm90(p));
+  p = problem.p, p.m = 2, p.stride_x = 0;  // one row, expanded
+  EXPECT(!can_run_linear_sm90(p));
   p = problem.p, p.k = 65552;
   EXPECT(!can_run_linear_sm90(p));
   p = problem.p, p.m = 0;
