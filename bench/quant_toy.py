@@ -77,19 +77,32 @@ class Toy:
 
 
 # Baselines first. "same map" is rounding alone under ViDiT-Q's bit map.
-_ROUNDED = tuple(Row("rtn", bits) for bits in ("w8a8", "w6a6", "w4a8", "w4a6", "w4a4", "w3a8", "w3a6", "w3a4"))
+_ROUNDED = (
+    *(Row("rtn", bits) for bits in ("w8a8", "w6a6", "w4a8", "w4a6", "w4a4", "w3a8", "w3a6", "w3a4")),
+    *(Row("rtn", bits, {"clip": "mse"}, "rtn, clipped") for bits in ("w4a8", "w3a8")),
+)
 _SMOOTHED = tuple(Row("smoothquant", bits) for bits in ("w8a8", "w4a8", "w4a4", "w3a8"))
 _VIDIT_Q = (
     *(Row("vidit_q", bits) for bits in ("w8a8", "w6a6", "w4a8", "w4a8-mp")),
     Row("vidit_q", "w8a8", {"rotation": "block"}, "vidit_q, rotated"),
     Row("vidit_q", "w4a8-mp", {"alpha": None, "rotation": "none"}, "rtn, same map"),
+    Row("vidit_q", "w4a8", {"clip": "mse"}, "vidit_q, clipped"),
 )
 _LRQ_DIT = tuple(Row("lrq_dit", bits) for bits in ("w4a8", "w4a6", "w4a4", "w3a8", "w3a6", "w3a4"))
+
+
 # Without the modulation linears, which the other methods leave alone too.
-_VQ = tuple(
-    Row(method, bits, {"modulation": False}) for bits in ("w3", "w2") for method in ("kmeans_vq", "vq4dit")
-)
-ROWS = {name: (*_ROUNDED, *_SMOOTHED, *_VIDIT_Q, *_LRQ_DIT, *_VQ) for name in ("toy_t2v", "toy_dit")}
+def _vq(**calibration: int) -> tuple[Row, ...]:
+    return tuple(
+        Row(method, bits, {"modulation": False} | (calibration if method == "vq4dit" else {}))
+        for bits in ("w3", "w2")
+        for method in ("kmeans_vq", "vq4dit")
+    )
+
+
+_SCALAR = (*_ROUNDED, *_SMOOTHED, *_VIDIT_Q, *_LRQ_DIT)
+# A quarter of the updates on the video model, whose blocks take eight times as long: half an hour otherwise.
+ROWS = {"toy_t2v": (*_SCALAR, *_vq(steps=100, codebook_steps=100)), "toy_dit": (*_SCALAR, *_vq())}
 
 
 def toy_t2v() -> Toy:

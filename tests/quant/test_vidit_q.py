@@ -327,12 +327,14 @@ def test_layers_that_read_one_tensor_share_mask_and_signs(tiny):
     assert quantized["blocks.0.up"].group is None
 
 
-def test_mask_and_rotation_are_off_at_8_bits_and_on_at_4(tiny):
+def test_mask_and_rotation_are_off_at_8_bits_and_on_at_4_and_at_6_rotation_alone(tiny):
     model, x, layers, found = tiny
     for layer in quantize(model, found, bits="w8a8", layers=layers).layers.values():
         assert not layer.transform.tensors() and layer.weight.format == "int8"
     for layer in quantize(model, found, bits="w4a8", layers=layers).layers.values():
         assert layer.transform.hadamard == 32 and layer.weight.format == "int4"
+    for layer in quantize(model, None, bits="w6a6", layers=layers).layers.values():
+        assert layer.transform.hadamard == 32 and layer.transform.channel_scale is None
 
 
 def test_search_takes_the_transform_with_the_least_output_error(tiny):
