@@ -33,8 +33,8 @@ INTERVALS = 4
 BitMap = Mapping[str, int]
 
 # What the authors set (specs section 4), by model and bits, as arguments of `quantize`; at 8 and 6 bits they
-# set neither mask nor rotation, but at 6 a rotation is worth 3 dB of a block's output on the toy model. Exponents of their first release, which stand on activations, are 1 minus
-# theirs here.
+# set neither mask nor rotation, but at 6 a rotation pays on the toy model. Exponents of their first release,
+# which stand on activations, are 1 minus theirs here.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
     "opensora": {"w4a8": {"alpha": 0.88}, "w4a8-mp": {"alpha": 0.88}},
@@ -74,8 +74,8 @@ def quantize(
             bits, else None.
         rotation: "block" for Hadamard blocks of up to 128 channels, fused with quantization; "full" for one
             over all channels, as the authors' code has it, which runs apart; "none"; "search" for "block" or
-            "none", whichever changes the outputs of a group less; "auto" is "block" where weights may have fewer
-            than 8 bits, else "none".
+            "none", whichever changes the outputs of a group less; "auto" is "block" where weights may have
+            fewer than 8 bits, else "none".
         balanced: regular expression for the whole names of layers that get mask and rotation; a group gets them
             when one of its layers matches. None is the preset's, else all layers.
         precision: with "w4a8-mp", bits by layer name for each equal part of the steps, first steps first
