@@ -33,6 +33,7 @@ from machine import facts, slug
 
 from vdit_ext import toyworld
 from vdit_ext.quant import apply, calibrate, linear_layers, measure, methods
+from vdit_ext.quant.sensitivity import mixed_precision
 from vdit_ext.toyworld import dit
 from vdit_ext.video import quality
 
@@ -44,17 +45,23 @@ CALIBRATION_PROMPTS = (
     "a purple disc slides right over pink stripes",
     "a blue square bounces over grey dots",
 )
+UNMEASURED_CLIP = 500  # which maps of bits are measured on
 PROBED = (0.1, 0.4, 0.65, 0.9)  # of the steps: one in each quarter, for block outputs
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a method of `vdit_ext.quant.methods`, bits, and settings other than its own."""
+    """One line of the table: a method of `vdit_ext.quant.methods`, bits, and settings other than its own.
+
+    With average_bits the bit map is measured, on a clip of its own; that samples some eighty clips, so such rows
+    run only where `--only` names them.
+    """
 
     method: str
     bits: str
     settings: dict[str, Any] = field(default_factory=dict)
     label: str = ""
+    average_bits: float | None = None
 
     @property
     def name(self) -> str:
@@ -87,6 +94,7 @@ _VIDIT_Q = (
     Row("vidit_q", "w8a8", {"rotation": "block"}, "vidit_q, rotated"),
     Row("vidit_q", "w4a8-mp", {"alpha": None, "rotation": "none"}, "rtn, same map"),
     Row("vidit_q", "w4a8", {"clip": "mse"}, "vidit_q, clipped"),
+    *(Row("vidit_q", "w4a8-mp", {}, f"measured map {bits}", bits) for bits in (6.5, 5.5)),
 )
 _LRQ_DIT = tuple(Row("lrq_dit", bits) for bits in ("w4a8", "w4a6", "w4a4", "w3a8", "w3a6", "w3a4"))
 
@@ -138,10 +146,21 @@ def toy_dit() -> Toy:
 TOYS: dict[str, Callable[[], Toy]] = {"toy_t2v": toy_t2v, "toy_dit": toy_dit}
 
 
+def quantize(toy: Toy, row: Row, calibration: Any) -> Any:
+    """The quantized model of one line."""
+    if row.average_bits is None:
+        return methods.run(row.method, toy.model, calibration, bits=row.bits, **row.settings)
+
+    def sample(on_step: Callable[[int, int], None]) -> torch.Tensor:
+        return torch.from_numpy(toy.sample(UNMEASURED_CLIP, on_step)).float()
+
+    return mixed_precision(toy.model, calibration, sample, average_bits=row.average_bits, **row.settings)
+
+
 def measure_row(toy: Toy, row: Row, calibration: Any, probe: measure.BlockProbe, references: list) -> dict:
     """All figures of one line."""
     start = time.perf_counter()
-    quantized = methods.run(row.method, toy.model, calibration, bits=row.bits, **row.settings)
+    quantized = quantize(toy, row, calibration)
     seconds = time.perf_counter() - start
     weights = list(measure.weight_snrs(toy.model, quantized).values())
     with apply(toy.model, quantized) as applied:
@@ -156,6 +175,7 @@ def measure_row(toy: Toy, row: Row, calibration: Any, probe: measure.BlockProbe,
         "bits": row.bits,
         "settings": row.settings,
         "average_weight_bits": quantized.report.get("average_weight_bits"),
+        "average_bits_asked_for": row.average_bits,
         "weight_snr_db": measure.mean_db(weights),
         "block_snr_db": measure.mean_db(blocks),
         "psnr_db": statistics.fmean(found),
@@ -189,7 +209,9 @@ def run(names: list[str], only: set[str], bits: set[str], clips: int, progress: 
         probe = measure.BlockProbe(toy.model, functools.partial(toy.sample, 0), probed)
         rows.append(first)
         for row in ROWS[name]:
-            if (not only or {row.name, row.method} & only) and (not bits or row.bits in bits):
+            named = {row.name} if row.average_bits is not None else {row.name, row.method}
+            wanted = named & only if only else row.average_bits is None
+            if wanted and (not bits or row.bits in bits):
                 progress(f"{name}: {row.name} {row.bits}")
                 rows.append(measure_row(toy, row, calibration, probe, references))
     return {
