@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from machine import facts, slug
 
 from vdit_ext import toyworld
-from vdit_ext.quant import apply, calibrate, linear_layers, measure, methods
+from vdit_ext.quant import apply, calibrate, linear_layers, measure, methods, vidit_q
 from vdit_ext.quant.sensitivity import mixed_precision
 from vdit_ext.toyworld import dit
 from vdit_ext.video import quality
@@ -53,15 +53,15 @@ PROBED = (0.1, 0.4, 0.65, 0.9)  # of the steps: one in each quarter, for block o
 class Row:
     """One line of the table: a method of `vdit_ext.quant.methods`, bits, and settings other than its own.
 
-    With average_bits the bit map is measured, on a clip of its own; that samples some eighty clips, so such a
-    row runs only where `--only` names it.
+    measured: the bit map is measured, on a clip of its own, and has the released one's average; that samples
+    some eighty clips, so such a row runs only where `--only` names it.
     """
 
     method: str
     bits: str
     settings: dict[str, Any] = field(default_factory=dict)
     label: str = ""
-    average_bits: float | None = None
+    measured: bool = False
 
     @property
     def name(self) -> str:
@@ -94,7 +94,7 @@ _VIDIT_Q = (
     Row("vidit_q", "w8a8", {"rotation": "block"}, "vidit_q, rotated"),
     Row("vidit_q", "w4a8-mp", {"alpha": None, "rotation": "none"}, "rtn, same map"),
     Row("vidit_q", "w4a8", {"clip": "mse"}, "vidit_q, clipped"),
-    Row("vidit_q", "w4a8-mp", {}, "measured map", 6.5),  # the released one's average on these models
+    Row("vidit_q", "w4a8-mp", {}, "measured map", measured=True),
 )
 _LRQ_DIT = tuple(Row("lrq_dit", bits) for bits in ("w4a8", "w4a6", "w4a4", "w3a8", "w3a6", "w3a4"))
 
@@ -148,13 +148,15 @@ TOYS: dict[str, Callable[[], Toy]] = {"toy_t2v": toy_t2v, "toy_dit": toy_dit}
 
 def quantize(toy: Toy, row: Row, calibration: Any) -> Any:
     """The quantized model of one line."""
-    if row.average_bits is None:
+    if not row.measured:
         return methods.run(row.method, toy.model, calibration, bits=row.bits, **row.settings)
 
     def sample(on_step: Callable[[int, int], None]) -> torch.Tensor:
         return torch.from_numpy(toy.sample(UNMEASURED_CLIP, on_step)).float()
 
-    return mixed_precision(toy.model, calibration, sample, average_bits=row.average_bits, **row.settings)
+    layers = list(linear_layers(toy.model))
+    budget = vidit_q.average_bits(layers, vidit_q.released_map(layers))
+    return mixed_precision(toy.model, calibration, sample, average_bits=budget, **row.settings)
 
 
 def measure_row(toy: Toy, row: Row, calibration: Any, probe: measure.BlockProbe, references: list) -> dict:
@@ -175,7 +177,6 @@ def measure_row(toy: Toy, row: Row, calibration: Any, probe: measure.BlockProbe,
         "bits": row.bits,
         "settings": row.settings,
         "average_weight_bits": quantized.report.get("average_weight_bits"),
-        "average_bits_asked_for": row.average_bits,
         "weight_snr_db": measure.mean_db(weights),
         "block_snr_db": measure.mean_db(blocks),
         "psnr_db": statistics.fmean(found),
@@ -209,8 +210,8 @@ def run(names: list[str], only: set[str], bits: set[str], clips: int, progress: 
         probe = measure.BlockProbe(toy.model, functools.partial(toy.sample, 0), probed)
         rows.append(first)
         for row in ROWS[name]:
-            named = {row.name} if row.average_bits is not None else {row.name, row.method}
-            wanted = named & only if only else row.average_bits is None
+            named = {row.name} if row.measured else {row.name, row.method}
+            wanted = named & only if only else not row.measured
             if wanted and (not bits or row.bits in bits):
                 progress(f"{name}: {row.name} {row.bits}")
                 rows.append(measure_row(toy, row, calibration, probe, references))
