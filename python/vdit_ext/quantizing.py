@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,11 @@ from .quant.layers import LayerList, linear_layers
 from .quant.linear import QuantLayer, QuantLinear, compute_device
 from .quant.measure import before_each, snr, weight_snr
 from .quant.methods import entry_of, run
-from .quant.sensitivity import measure_sensitivity, plan_precision
+from .quant.sensitivity import measured_map
 from .quant.vidit_q import BitMap, average_bits
+
+if TYPE_CHECKING:
+    from .compare import Request
 
 PARTIAL = ".partial"
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -330,29 +333,25 @@ def _precision(
     """The measured bit map; empty where the method's own is wanted."""
     if job.average_bits is None:
         return ()
-    from .compare import Request
-
-    sizes = (job.height, job.width, job.frames)
-    request = source.sampler.resolve(Request(job.prompts[0], job.seed, job.steps, job.guidance, *sizes))
+    request = _request(source, job, 0)
 
     def sample(on_step: Callable[[int, int], None]) -> torch.Tensor:
         frames = source.sampler.sample(request, before_each(on_step, request.steps))
         return torch.from_numpy(frames).float()
 
-    model, infos = source.models[component], list(layers)
-    common = {"layers": infos, "seed": job.seed, "bits": job.bits, "precision": "switchable"}
-    planes = run(job.method, model, calibration, **common, **job.settings)
     tell = stage("measure", 1)
-    found = measure_sensitivity(
-        model,
-        planes,
+    return measured_map(
+        source.models[component],
+        calibration,
         sample,
-        layers=infos,
+        average_bits=job.average_bits,
         by_interval=job.by_interval,
         kept=partial.losses(component),
         progress=lambda done, total, what: tell(done, total),
+        layers=layers,
+        seed=job.seed,
+        **job.settings,
     )
-    return plan_precision(found, job.average_bits)
 
 
 def _joined(parts: list[QuantizedModel]) -> QuantizedModel:
@@ -422,15 +421,20 @@ def _calibration(
 
 def _calls(source: Source, job: Job) -> tuple[int, list[Callable[[Any], Callable[[], Any]]]]:
     """Denoising steps of a prompt, and for each prompt what makes a call that samples it."""
-    from .compare import Request
-
     sampler, calls, steps = source.sampler, [], 0
-    for i, prompt in enumerate(job.prompts):
-        sizes = (job.height, job.width, job.frames)
-        request = sampler.resolve(Request(prompt, job.seed + i, job.steps, job.guidance, *sizes))
+    for i in range(len(job.prompts)):
+        request = _request(source, job, i)
         steps = request.steps
         calls.append(lambda note, request=request: lambda: sampler.sample(request, note))
     return steps, calls
+
+
+def _request(source: Source, job: Job, i: int) -> Request:
+    """What the sampler is asked for with prompt i."""
+    from .compare import Request
+
+    sizes = (job.height, job.width, job.frames)
+    return source.sampler.resolve(Request(job.prompts[i], job.seed + i, job.steps, job.guidance, *sizes))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -526,9 +530,8 @@ class _Partial:
         """Keep what the run is known by, and its seconds."""
         spent = self.seconds + time.perf_counter() - self._start
         text = json.dumps({"facts": self.facts, "seconds": spent}, indent=2)
-        temporary = self.folder / ".run.json"
-        temporary.write_text(text)
-        temporary.replace(self.folder / "run.json")
+        with files.staged(self.folder, ["run.json"]) as paths:
+            paths["run.json"].write_text(text)
 
     def block(self, component: str, block: str) -> QuantizedModel | None:
         """What an earlier run finished of a block, or None."""
@@ -561,9 +564,8 @@ class _Losses(dict[str, float]):
 
     def __setitem__(self, clip: str, loss: float) -> None:
         super().__setitem__(clip, loss)
-        temporary = self.path.with_name(f".{self.path.name}")
-        temporary.write_text(json.dumps(self))
-        temporary.replace(self.path)
+        with files.staged(self.path.parent, [self.path.name]) as paths:
+            paths[self.path.name].write_text(json.dumps(self))
 
 
 def _finished(out: Path, source: Source, facts: dict[str, Any]) -> dict[str, Any] | None:

@@ -68,7 +68,7 @@ def smooth_quant(
     calibration = Calibration({}) if calibration is None else calibration
 
     def transform_of(infos: list[LinearInfo], weights: list[Tensor]) -> InputTransform:
-        mask = channel_mask(calibration[infos[0].name].to(weights[0].device).amax, weights, 1 - alpha)
+        mask = channel_mask(calibration[infos[0].name].amax.to(weights[0].device), weights, 1 - alpha)
         return InputTransform(channel_scale=mask, bits=activation_bits)
 
     def weight_of(info: LinearInfo, weight: Tensor) -> Weight:

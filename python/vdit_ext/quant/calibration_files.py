@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .calibration import Calibration, InputStatistics
+from .files import staged
 
 ABOUT, TENSORS = "calibration.json", "calibration.safetensors"
 
@@ -34,10 +35,9 @@ def save_calibration(folder: Path, calibration: Calibration, facts: Mapping[str,
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ABOUT).unlink(missing_ok=True)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / TENSORS)
-    temporary = folder / f".{ABOUT}"
-    temporary.write_text(json.dumps(about))
-    temporary.replace(folder / ABOUT)  # last: with it, the tensors are complete
+    with staged(folder, [TENSORS, ABOUT]) as paths:  # ABOUT last: with it, the tensors are complete
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, paths[TENSORS])
+        paths[ABOUT].write_text(json.dumps(about))
 
 
 def load_calibration(

@@ -95,7 +95,7 @@ def save(
         texts[CONFIG] = _dumped(dict(config), "config")
     left_over = _left_over(folder, [name, *texts])
     folder.mkdir(parents=True, exist_ok=True)
-    with _staged(folder, [name, *texts]) as paths:
+    with staged(folder, [name, *texts]) as paths:
         save_file(unshared(tensors), paths[name], metadata={"format": "pt", "vdit_quant": identity})
         for file, text in texts.items():
             paths[file].write_text(text)
@@ -288,7 +288,7 @@ def _opened(path: Path, device: torch.device | str) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _staged(folder: Path, names: list[str]) -> Iterator[dict[str, Path]]:
+def staged(folder: Path, names: list[str]) -> Iterator[dict[str, Path]]:
     """Temporary names in a folder; renamed, in the order of ``names``, when the block succeeds, else
     removed."""
     token = secrets.token_hex(4)

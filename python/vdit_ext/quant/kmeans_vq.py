@@ -115,7 +115,8 @@ def kmeans_vq(
     codebook = seed_codebook(words, codewords, seed)
     if len(words) <= LLOYD_WORDS or iterations == 0:
         return _lloyd(words, codebook, iterations, tolerance)
-    codebook = _lloyd(_drawn(words, LLOYD_WORDS, seed), codebook, iterations, tolerance).codebook
+    some = _drawn(words, LLOYD_WORDS, torch.Generator().manual_seed(seed))
+    codebook = _lloyd(some, codebook, iterations, tolerance).codebook
     return _lloyd(words, codebook, 1, tolerance)
 
 
@@ -131,9 +132,8 @@ def _lloyd(words: Tensor, codebook: Tensor, iterations: int, tolerance: float) -
     return KMeans(codebook, indices[:, 0], errors)
 
 
-def _drawn(words: Tensor, count: int, seed: int) -> Tensor:
+def _drawn(words: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """So many of the words, at random; one may be drawn twice."""
-    generator = torch.Generator().manual_seed(seed)
     return words[torch.randint(len(words), (count,), generator=generator).to(words.device)]
 
 
@@ -145,7 +145,7 @@ def seed_codebook(words: Tensor, codewords: int, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     if len(words) > SEED_WORDS:
-        words = words[torch.randint(len(words), (SEED_WORDS,), generator=generator).to(words.device)]
+        words = _drawn(words, SEED_WORDS, generator)
     draws = torch.rand(codewords, dtype=torch.float64, generator=generator).tolist()
     chosen = [min(int(draws[0] * len(words)), len(words) - 1)]
     nearest = (words - words[chosen[0]]).square().sum(-1)

@@ -170,6 +170,30 @@ def plan_precision(found: Sensitivity, average_bits: float) -> tuple[dict[str, i
     )
 
 
+def measured_map(
+    model: nn.Module,
+    calibration: Calibration,
+    sample: Sample,
+    *,
+    average_bits: float,
+    metrics: Mapping[str, Metric] | None = None,
+    by_interval: bool = True,
+    kept: MutableMapping[str, float] | None = None,
+    progress: Progress | None = None,
+    layers: Iterable[LinearInfo],
+    **settings: Any,
+) -> tuple[dict[str, int], ...]:
+    """The bit map of this average for a model: measure, plan.
+
+    Arguments as :func:`measure_sensitivity`, :func:`plan_precision` and :func:`vdit_ext.quant.vidit_q.quantize`
+    have them; the last takes ``settings``.
+    """
+    infos = list(layers)
+    planes = quantize(model, calibration, bits="w4a8-mp", precision="switchable", layers=infos, **settings)
+    given = {"layers": infos, "metrics": metrics, "by_interval": by_interval, "kept": kept}
+    return plan_precision(measure_sensitivity(model, planes, sample, progress=progress, **given), average_bits)
+
+
 def mixed_precision(
     model: nn.Module,
     calibration: Calibration,
@@ -189,11 +213,10 @@ def mixed_precision(
     have them; the last takes ``settings``. ``progress`` counts sampled clips.
     """
     infos = list(linear_layers(model) if layers is None else layers)
-    settings |= {"bits": "w4a8-mp", "seed": seed, "layers": infos}
-    planes = quantize(model, calibration, precision="switchable", **settings)
-    given = {"layers": infos, "metrics": metrics, "by_interval": by_interval, "progress": progress}
-    found = measure_sensitivity(model, planes, sample, **given)
-    return quantize(model, calibration, precision=plan_precision(found, average_bits), **settings)
+    settings |= {"seed": seed, "layers": infos}
+    given = {"average_bits": average_bits, "metrics": metrics, "by_interval": by_interval, "progress": progress}
+    precision = measured_map(model, calibration, sample, **given, **settings)
+    return quantize(model, calibration, bits="w4a8-mp", precision=precision, **settings)
 
 
 def _units(infos: list[LinearInfo]) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
